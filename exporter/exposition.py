@@ -103,7 +103,7 @@ def render(metrics: Iterable[Metric], to: Format, *, account: Desc | None = DROP
     return "\n".join(lines).encode("utf-8")
 
 
-def _write_family(  # noqa: PLR0913 -- the one hot loop, kept in one place
+def _write_family(
     desc: Desc,
     parts: list[Sequence[Row]],
     to: Format,

@@ -15,8 +15,8 @@ Seen = TypeVar("Seen")
 class Collector(Protocol[Seen]):
     """One source of metrics.
 
-    Also allowed: `async def run(self) -> None`, background work for the collector's whole life; it is cancelled at the end
-    and may then clean up. `read` is never called twice at a time... by one scrape; two scrapes may overlap.
+    A collector may also have `async def run(self) -> None`: background work for its whole life, cancelled at the end. Two
+    scrapes may overlap, so `read` may be entered again before it has returned.
     """
 
     descs: tuple[Desc, ...]
