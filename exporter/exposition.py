@@ -15,6 +15,8 @@ import msgspec
 
 LABEL_VALUE_MAX = 1024
 """Characters; a longer label value is cut there."""
+_EXACT = 2**53
+"""The integers below it are floats without loss; larger ones are written as the float that Prometheus would read."""
 
 
 class Kind(Enum):
@@ -123,7 +125,8 @@ def _write_family(
             if text in seen:
                 dropped["duplicate"] += 1
                 continue
-            number = value if value.__class__ is int else _number(value)
+            exact = value.__class__ is int and -_EXACT < value < _EXACT
+            number = value if exact else _number(value)
             if number is None:
                 dropped["invalid"] += 1
                 continue

@@ -48,7 +48,7 @@ class Duration(float):
     @classmethod
     def parse(cls, value: object) -> "Duration":
         """Read "1m30s" or 0; raise ValueError for anything else, above all for a bare number."""
-        if value == 0 and not isinstance(value, bool):
+        if value in ("0", 0) and not isinstance(value, bool):
             return cls(0.0)
         if isinstance(value, str) and _DURATION.fullmatch(value):
             return cls(sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
@@ -172,8 +172,8 @@ def written(value: object) -> object:
 def _with_unit(value: float, units: Mapping[str, float], otherwise: str) -> object:
     for unit, size in sorted(units.items(), key=lambda item: -item[1]):
         if value and value % size == 0 and unit not in {"w", "y"}:
-            return f"{value / size:g}{unit}"
-    return f"{value:g}{otherwise}" if otherwise else int(value)
+            return f"{value // size:.0f}{unit}"
+    return f"{value:.15g}{otherwise}" if otherwise else int(value)
 
 
 def json_schema(kind: type[msgspec.Struct], *, title: str) -> dict[str, Any]:
