@@ -6,6 +6,7 @@ connection and request: a change needs no restart, and a change for the worse ke
 """
 
 import asyncio
+import base64
 import hashlib
 import hmac
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import bcrypt
-from aiohttp import BasicAuth, hdrs, web
+from aiohttp import hdrs, web
 
 from exporter.grammar import ConfigError, Strict, default, load
 
@@ -247,13 +248,20 @@ class WebGate:
             return web.Response(status=403, text="the client certificate has none of the allowed names\n")
         if not config.basic_auth_users:
             return None
-        try:
-            given = BasicAuth.decode(request.headers.get(hdrs.AUTHORIZATION, ""), encoding="utf-8")
-        except ValueError:
-            given = None
-        if given and await self._passwords.match(config.basic_auth_users, given.login, given.password):
+        given = credentials(request.headers.get(hdrs.AUTHORIZATION, ""))
+        if given and await self._passwords.match(config.basic_auth_users, *given):
             return None
         return web.Response(status=401, text="Unauthorized\n", headers={hdrs.WWW_AUTHENTICATE: "Basic"})
+
+
+def credentials(header: str) -> tuple[str, str] | None:
+    """Return user and password of a Basic Authorization header (RFC 7617); None for anything else."""
+    scheme, _, encoded = header.partition(" ")
+    try:
+        user, colon, password = base64.b64decode(encoded.strip(), validate=True).decode().partition(":")
+    except ValueError:
+        return None
+    return (user, password) if scheme.lower() == "basic" and colon else None
 
 
 def _has_san(request: web.Request, allowed: tuple[str, ...]) -> bool:
