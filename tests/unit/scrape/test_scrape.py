@@ -40,7 +40,7 @@ class Fake:
 
 
 async def test_failure_costs_only_its_own_samples() -> None:
-    """One collector raises, one cannot make metrics, one never ends: the fourth is complete and each says what befell it."""
+    """One collector raises, one cannot make metrics, one never ends: the fourth is complete, and each says why."""
     collectors = {
         "raises": Fake(ValueError("no")),
         "breaks": Fake("broken"),
