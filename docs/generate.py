@@ -39,8 +39,8 @@ def metrics_table(descs: Iterable[Desc]) -> str:
     """Return the table of some metrics."""
     rows = ["| Metric | Type | Labels | Meaning | Source |", "|---|---|---|---|---|"]
     for desc in descs:
-        labels = ", ".join(f"`{label}`" for label in desc.labels) or "–"
-        rows.append(f"| `{desc.name}` | {desc.kind.value} | {labels} | {_cell(desc.help)} | {_cell(desc.source) or '–'} |")
+        labels = ", ".join(f"`{label}`" for label in desc.labels) or "-"
+        rows.append(f"| `{desc.name}` | {desc.kind.value} | {labels} | {_cell(desc.help)} | {_cell(desc.source) or '-'} |")
     return "\n".join(rows)
 
 
@@ -107,7 +107,7 @@ def _default(field: msgspec.structs.FieldInfo) -> str:
         return "required"
     value = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     if value is None or value in ((), {}, [], "") or isinstance(value, msgspec.Struct):
-        return "–"
+        return "-"
     return f"`{_cell(json.dumps(written(value), ensure_ascii=False))}`"
 
 
