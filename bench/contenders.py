@@ -163,7 +163,7 @@ def _process_shows(page: str, apps: int) -> str:
     return "" if found and int(found[1]) >= apps else "does not show every app"
 
 
-def _node(on: Estate, port: int) -> tuple[list[str], Mapping[str, str]]:
+def _node(on: Estate, port: int) -> tuple[list[str], Mapping[str, str]]:  # noqa: ARG001 -- the shape of all commands
     return [which("prometheus-node-exporter"), f"--web.listen-address=127.0.0.1:{port}"], clean_env()
 
 

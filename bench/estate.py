@@ -168,18 +168,27 @@ class Pm2:
         listed: list[dict[str, Any]] = json.loads(done.stdout[done.stdout.index(b"[") :])
         return listed
 
+    def start(self, apps: Sequence[Mapping[str, object]]) -> None:
+        """Start apps as an ecosystem file describes them."""
+        ecosystem = self.home / "bench.config.json"
+        ecosystem.write_text(json.dumps({"apps": [{"cwd": str(self.home), **app} for app in apps]}))
+        self._run("start", str(ecosystem))
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Stop apps by name and forget them."""
+        self._run("delete", *names)
+
+    def _run(self, *argv: str) -> None:
+        subprocess.run(  # noqa: S603 -- our own argv
+            self.command(*argv), env=self.env, check=True, stdout=subprocess.DEVNULL, timeout=300
+        )
+
     def grow(self, to: int) -> None:
         """Start apps until there are `to` of them, all online."""
-        apps = [
-            {"name": f"app-{number:03}", "script": str(HERE / "apps" / "app.js"), "cwd": str(self.home), "env": APP_ENV}
-            for number in range(self.apps, to)
-        ]
-        if apps:
-            ecosystem = self.home / "bench.config.json"
-            ecosystem.write_text(json.dumps({"apps": apps}))
-            subprocess.run(  # noqa: S603 -- our own argv
-                self.command("start", str(ecosystem)), env=self.env, check=True, stdout=subprocess.DEVNULL, timeout=300
-            )
+        script = str(HERE / "apps" / "app.js")
+        more = [{"name": f"app-{number:03}", "script": script, "env": APP_ENV} for number in range(self.apps, to)]
+        if more:
+            self.start(more)
         self.apps = to
         wait_for(f"{to} apps online", self._all_online, within=60)
 
