@@ -1,0 +1,102 @@
+"""What is documented and what the code does are the same."""
+
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import jsonschema
+import pytest
+import yaml
+
+from exporter.collectors import COLLECTORS
+from exporter.config import Config
+from exporter.grammar import decode, json_schema
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """Load docs/generate.py."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_are_up_to_date(generate: ModuleType) -> None:
+    """Every metric, setting, flag and the schema stand in docs/ as the code has them; script/docs writes them anew."""
+    differing = [path.name for path, text in generate.pages() if path.read_text() != text]
+    assert not differing, "run script/docs"
+
+
+def test_every_metric_has_one_description(generate: ModuleType) -> None:
+    """No two collectors describe one name differently; every description ends as a sentence and names its source."""
+    by_name = {}
+    for place, descs in generate.catalogue().items():
+        for desc in descs:
+            assert desc.help.endswith("."), desc.name
+            assert desc.source, desc.name
+            if place != "probe":
+                assert by_name.setdefault(desc.name, desc) == desc
+
+
+def test_names_keep_prometheus_conventions(generate: ModuleType) -> None:
+    """Ours are pm2_*; no label is a target label or changes with every start; no colon in a name."""
+    mirrored = ("node_", "probe_", "mongodb_")
+    for descs in generate.catalogue().values():
+        for desc in descs:
+            assert desc.name.startswith(("pm2_", *mirrored)), desc.name
+            assert re.fullmatch(r"[a-z_][a-zA-Z0-9_]*", desc.name)
+            if not desc.name.startswith(mirrored):
+                assert not {
+                    "instance",
+                    "job",
+                    "type",
+                    "env",
+                    "environment",
+                    "service",
+                    "cluster",
+                    "zone",
+                    "region",
+                    "pid",
+                } & set(desc.labels)
+
+
+EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "configuration.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_examples_in_the_documentation_are_valid(example: str) -> None:
+    """Every YAML example of configuration.md is read as it stands, and keeps the JSON Schema."""
+    environ = dict.fromkeys(re.findall(r"\$\{(\w+)\}", example), "value")
+    if not example.startswith("# web.yml"):
+        decode(re.sub(r"\{file: [^}]*\}", "text", example), Config, file="example", environ=environ)
+        jsonschema.Draft202012Validator(json_schema(Config, title="x")).validate(yaml.safe_load(example) or {})
+
+
+def test_every_collector_is_documented(generate: ModuleType) -> None:
+    """The table of contents and the documentation name the same collectors."""
+    headings = set(re.findall(r"^## `(\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.MULTILINE))
+    assert set(COLLECTORS) <= headings
+    assert set(generate.catalogue()) - {"exporter", "probe"} == set(COLLECTORS)
+
+
+def test_lock_is_of_this_project() -> None:
+    """uv.lock was written for the requirements that pyproject.toml has now, and names no index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    text = (ROOT / "uv.lock").read_text()
+    lock = tomllib.loads(text)
+    (own,) = [package for package in lock["package"] if package["name"] == "pm2-selfheal"]
+
+    def locked(entries: list[dict[str, str]]) -> set[str]:
+        return {entry["name"] + entry.get("specifier", "") for entry in entries}
+
+    assert locked(own["metadata"]["requires-dist"]) == set(project["project"]["dependencies"])
+    for group, requirements in project["dependency-groups"].items():
+        assert locked(own["metadata"]["requires-dev"][group]) == set(requirements)
+    assert "://" not in text
