@@ -133,13 +133,16 @@ def running(argv: Sequence[str], *, log: Path, env: Mapping[str, str]) -> Iterat
 
 
 def exit_on_signals() -> None:
-    """Make SIGTERM and SIGHUP unwind the stack as Ctrl-C does, so that everything started is ended."""
+    """Make the first SIGINT, SIGTERM or SIGHUP unwind the stack, and be deaf from then on: all is ended."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def leave(number: int, _frame: FrameType | None) -> None:
+        for one in signals:
+            signal.signal(one, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, leave)
+    for one in signals:
+        signal.signal(one, leave)
 
 
 class Pm2:
@@ -197,6 +200,10 @@ class Pm2:
 
     def close(self) -> None:
         """Kill the daemon first, so that it restarts nothing, and then its apps."""
+        if (self.home / "bench.config.json").exists():
+            # A start that was interrupted may have left a daemon that has yet to write down its pid.
+            with contextlib.suppress(SystemExit):
+                wait_for("the daemon's pid", (self.home / "pm2.pid").exists, within=3)
         with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
             daemon = self.daemon()
             daemon.suspend()
