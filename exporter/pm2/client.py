@@ -1,59 +1,18 @@
-"""The one door to PM2: its daemon's socket, or a command that prints `pm2 jlist`.
+"""The door for who may only look: PM2's daemon is asked over `rpc.sock`, and nothing can be done to it from here.
 
-Every failure is a `PM2Error` with a `Reason`:
-
-    PM2Error        the list cannot be had, and why
-    └── CallError   the daemon answered that it will not do this one call
+Asking never starts a daemon. Every failure is a `PM2Error` with a `Reason` (exporter/pm2/rpc.py).
 """
 
-from enum import StrEnum
+import asyncio
+import os
 from typing import Protocol
 
-from exporter.pm2.process import Listing
+import msgspec
 
+from exporter.pm2.process import Daemon, Listing, decode_reply, decode_report, decode_result
+from exporter.pm2.rpc import MAX_REPLY, METHODS, CallError, Door, Method, Peer, PM2Error, Reason, call, read
 
-class Reason(StrEnum):
-    """Why PM2 could not be asked."""
-
-    NO_SOCKET = "no_socket"
-    """There is no rpc.sock: PM2 was killed cleanly, or never started."""
-    REFUSED = "refused"
-    """Nobody listens on rpc.sock: the daemon crashed."""
-    PERMISSION = "permission"
-    """rpc.sock belongs to another user."""
-    TIMEOUT = "timeout"
-    """No answer in time: the daemon is frozen or overloaded."""
-    DISCONNECTED = "disconnected"
-    """The daemon hung up before its answer was complete."""
-    NONSENSE = "nonsense"
-    """What answered does not speak PM2's protocol, or the answer is no process list."""
-    TOO_LARGE = "too_large"
-    """The answer exceeds the configured limit."""
-    REJECTED = "rejected"
-    """The daemon answered the call with an error."""
-    COMMAND_MISSING = "command_missing"
-    """The configured command cannot be started."""
-    COMMAND_FAILED = "command_failed"
-    """The configured command ended with an error."""
-    UNREACHABLE = "unreachable"
-    """Any other error of the operating system, such as no free file descriptors."""
-
-
-class PM2Error(Exception):
-    """PM2 could not be asked; `reason` says why, the text says it to a person. Holds nothing of a payload."""
-
-    def __init__(self, reason: Reason, text: str) -> None:
-        """Keep the reason beside the text."""
-        super().__init__(text)
-        self.reason = reason
-
-
-class CallError(PM2Error):
-    """The daemon is well, and answered this call with an error, such as an id that it does not know."""
-
-    def __init__(self, text: str) -> None:
-        """Keep PM2's own words, shortened."""
-        super().__init__(Reason.REJECTED, text)
+__all__ = ["CallError", "PM2Error", "Peer", "Reader", "Reason", "Shared", "Source"]
 
 
 class Source(Protocol):
@@ -62,3 +21,93 @@ class Source(Protocol):
     async def listing(self, within: float) -> Listing:
         """Return PM2's list as it is now; raise PM2Error, at the latest after `within` seconds."""
         ...
+
+
+class Reader:
+    """Asks PM2's daemon over `rpc.sock`; a fresh connection each time, so that a new daemon is simply found."""
+
+    def __init__(self, home: str | os.PathLike[str], *, max_reply: int = MAX_REPLY) -> None:
+        """Ask the daemon of this PM2 home; answers of more than `max_reply` bytes are refused."""
+        self._door = Door(home, max_reply)
+
+    async def ping(self, within: float) -> Peer:
+        """Return who listens, once the daemon has answered."""
+        _, peer = await self._door.ask(within, call(Method.PING, {}))
+        return peer
+
+    async def version(self, within: float) -> str:
+        """Return PM2's version."""
+        (reply,), _ = await self._door.ask(within, call(Method.VERSION, {}))
+        return str(read(decode_result, reply))
+
+    async def methods(self, within: float) -> frozenset[str]:
+        """Return the names of the calls that this daemon knows."""
+        (reply,), _ = await self._door.ask(within, METHODS)
+        return frozenset(read(decode_result, reply) or ())
+
+    async def report(self, within: float) -> Daemon:
+        """Return what the daemon says of itself."""
+        (reply,), peer = await self._door.ask(within, call(Method.REPORT, {}))
+        return _with_peer(read(decode_report, reply), peer)
+
+    async def listing(self, within: float) -> Listing:
+        """Return the processes and the daemon, asked for in one go."""
+        (listing, report), peer = await self._door.ask(within, call(Method.LIST, {}), call(Method.REPORT, {}))
+        daemon = _with_peer(read(decode_report, report), peer)
+        return msgspec.structs.replace(read(decode_reply, listing), daemon=daemon)
+
+
+def _with_peer(daemon: Daemon, peer: Peer) -> Daemon:
+    return msgspec.structs.replace(daemon, pid=peer.pid, uid=peer.uid if daemon.uid is None else daemon.uid)
+
+
+class Shared:
+    """Asks a source once for all who want to know at the same moment; keeps nothing once it has answered.
+
+    Who joins may be told what was so a moment before it asked: good to look at, not to check what one has just done.
+    """
+
+    def __init__(self, source: Source) -> None:
+        """Share this source."""
+        self._source = source
+        self._flight: _Flight | None = None
+
+    async def listing(self, within: float) -> Listing:
+        """Return the source's answer; raise its PM2Error, or TIMEOUT once this caller's own time is up."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within
+        while True:
+            flight = self._flight
+            joined = flight is not None and not flight.task.done()
+            if flight is None or not joined:
+                task = asyncio.create_task(self._source.listing(deadline - loop.time()), name="PM2's process list")
+                flight = self._flight = _Flight(task)
+            await self._wait(flight, deadline - loop.time())
+            if not flight.task.done():
+                raise PM2Error(Reason.TIMEOUT, "PM2 did not answer in time")
+            try:
+                return flight.task.result()
+            except PM2Error as error:
+                # Whoever asked first may have had less time than we have.
+                if not (joined and error.reason is Reason.TIMEOUT and loop.time() < deadline):
+                    raise
+
+    async def _wait(self, flight: "_Flight", within: float) -> None:
+        flight.waiting += 1
+        try:
+            await asyncio.wait({flight.task}, timeout=within)
+        finally:
+            flight.waiting -= 1
+            if not flight.waiting and not flight.task.done():
+                flight.task.cancel()
+                self._flight = None
+
+
+class _Flight:
+    """One question under way, and how many wait for its answer."""
+
+    __slots__ = ("task", "waiting")
+
+    def __init__(self, task: "asyncio.Task[Listing]") -> None:
+        self.task = task
+        self.waiting = 0

@@ -18,6 +18,10 @@ class WireError(Exception):
     """The bytes are not AMP, or a message is larger than allowed."""
 
 
+class TooLargeError(WireError):
+    """A message is larger than allowed."""
+
+
 def encode(*arguments: bytes) -> bytes:
     """Return one message; each argument already carries its `j:` or `s:` prefix."""
     if len(arguments) > MAX_ARGUMENTS:
@@ -42,8 +46,8 @@ class Decoder:
     """Turns a stream of bytes into messages, however it is cut.
 
     `feed` takes bytes and yields every message complete by then, as a tuple of arguments with their prefixes. Raises
-    WireError for bytes that are no AMP, and as soon as one message would be larger than `limit` bytes; nothing can be read
-    after that.
+    WireError for bytes that are no AMP, and TooLargeError as soon as one message says that it will be larger than `limit`
+    bytes; nothing can be read after that.
     """
 
     __slots__ = ("_buffer", "_limit")
@@ -80,7 +84,8 @@ class Decoder:
             spans.append((at + 4, at + 4 + size))
             at += 4 + size
             if at > self._limit:
-                raise WireError(f"a message is larger than {self._limit} bytes")
+                raise TooLargeError(f"a message is larger than {self._limit} bytes")
         if len(buffer) < at:
             return None
-        return at, tuple([bytes(buffer[start:end]) for start, end in spans])
+        with memoryview(buffer) as view:
+            return at, tuple([bytes(view[start:end]) for start, end in spans])
