@@ -2,7 +2,8 @@
 
 Directories are scanned in the background, one after the other, in a daemon thread; a scrape shows what the last scan found
 and when that was. A scan follows no link below its root, stays on the root's filesystem unless told otherwise, pauses every
-few files, and ends at a budget of entries or seconds: then its figures are lower bounds, `pm2_directory_scan_complete` is 0.
+few files, and ends at a budget of entries or seconds: then its figures are lower bounds and
+`pm2_directory_scan_complete` is 0.
 A scan that hangs (a dead network filesystem) delays its neighbours once, by its budget of seconds and a grace; it is left
 alone until it comes back, and meanwhile the time of the last scan stands still and `pm2_directory_scan_complete` is 0.
 
