@@ -25,7 +25,8 @@ const careful = (name) => ({
 
   autorestart: true, // a crash is repaired at once, before anyone needs to be told
   min_uptime: '10s', // an app that dies sooner than this after its start has not started
-  max_restarts: 10, // ten such starts and PM2 gives up (errored): a program that cannot start is for a human
+  max_restarts: 10, // ten such starts and PM2 gives up: a program that cannot start is for a human. Beside a restart delay PM2
+  // then shows "waiting restart" where it would show "errored", and waits for nothing
   exp_backoff_restart_delay: 200, // wait 0.2 s, 0.3 s, 0.45 s ... up to 15 s, so that a crash loop does not eat the machine
   kill_timeout: 5000, // after SIGINT the app finishes its requests for 3 s; PM2 kills it only when that has clearly failed
   wait_ready: true, // "online" means "listening": a reload ends the old process only once the new one has said it is ready
