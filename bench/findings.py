@@ -155,6 +155,12 @@ def cpu_ms(of: Round, contenders: Iterable[str]) -> float | None:
     return total
 
 
+def rss_mib(of: Round, contenders: Iterable[str]) -> float | None:
+    """Return the resident memory of some contenders together, in MiB; None when one is missing."""
+    readings = [measured(of, contender) for contender in contenders]
+    return None if None in readings else sum(one.rss_mib for one in readings if one)
+
+
 def growth(rounds: Sequence[Round]) -> tuple[float, float] | None:
     """Return what one more app adds to our CPU milliseconds a scrape: on the first stretch, and on the last."""
     points = [(one.apps, cost) for one in rounds if (cost := cpu_ms(one, (OURS,))) is not None]
@@ -168,49 +174,50 @@ def judge(run: Run) -> tuple[Judgement, ...]:
     """Hold the run against the targets."""
     at = next((one for one in run.rounds if one.apps == TARGET_APPS), None)
     ours = measured(at, OURS) if at else None
+    paced = ours.paced if ours else None
+    cpu, peers = (cpu_ms(at, (OURS,)), cpu_ms(at, PEERS)) if at else (None, None)
     slopes = growth(run.rounds)
     return (
-        _judge_cpu(at),
-        *_judge_reading(ours),
-        Judgement(
-            "growth of CPU per scrape",
-            f"one more app costs at most {GROWTH_MAX:g} times as much on the last stretch as on the first",
-            "not measured" if slopes is None else f"{slopes[0] * 1000:.0f} µs, then {slopes[1] * 1000:.0f} µs an app",
-            None if slopes is None else slopes[1] <= GROWTH_MAX * max(slopes[0], 0.0),
+        _judgement(
+            "CPU per scrape, with the daemon's share",
+            f"at most 1/{1 / CPU_SHARE_MAX:.0f} of the peers' sum",
+            (f"{cpu:.1f} ms of {peers:.1f} ms: 1/{peers / cpu:.1f}", cpu <= peers * CPU_SHARE_MAX)
+            if cpu and peers
+            else None,
+        ),
+        _judgement(
+            "p50 of a scrape",
+            f"at most {P50_MAX_MS:g} ms",
+            (f"{paced.p50_ms:.1f} ms", paced.p50_ms <= P50_MAX_MS) if paced else None,
+        ),
+        _judgement(
+            "p99 of a scrape",
+            f"at most {P99_TO_P50_MAX:g} times p50",
+            (
+                f"{paced.p99_ms:.1f} ms: {paced.p99_ms / paced.p50_ms:.1f} times",
+                paced.p99_ms <= P99_TO_P50_MAX * paced.p50_ms,
+            )
+            if paced
+            else None,
+        ),
+        _judgement(
+            "resident memory after the run",
+            f"at most {RSS_MAX_MIB:g} MiB",
+            (f"{ours.rss_mib:.1f} MiB, peak {ours.peak_rss_mib:.1f}", ours.rss_mib <= RSS_MAX_MIB) if ours else None,
+        ),
+        _judgement(
+            "CPU per scrape that one more app adds",
+            f"on the last stretch at most {GROWTH_MAX:g} times the first",
+            (f"{slopes[0]:.3f} ms, then {slopes[1]:.3f} ms", slopes[1] <= GROWTH_MAX * max(slopes[0], 0.0))
+            if slopes
+            else None,
         ),
     )
 
 
-def _judge_cpu(at: Round | None) -> Judgement:
-    target, wanted = "CPU per scrape, daemon's share included", f"at most 1/{1 / CPU_SHARE_MAX:.0f} of the peers' sum"
-    ours, peers = (cpu_ms(at, (OURS,)), cpu_ms(at, PEERS)) if at else (None, None)
-    if not ours or not peers:
-        return Judgement(target, wanted, "not measured", None)
-    return Judgement(
-        target, wanted, f"{ours:.1f} ms of {peers:.1f} ms: 1/{peers / ours:.1f}", ours <= peers * CPU_SHARE_MAX
-    )
-
-
-def _judge_reading(ours: Reading | None) -> Iterable[Judgement]:
-    p50, p99, rss = "p50 of a scrape", "p99 of a scrape", "resident memory after the run"
-    if ours is None or ours.paced is None:
-        for target in (p50, p99, rss):
-            yield Judgement(target, "", "not measured", None)
-        return
-    paced = ours.paced
-    yield Judgement(p50, f"at most {P50_MAX_MS:g} ms", f"{paced.p50_ms:.1f} ms", paced.p50_ms <= P50_MAX_MS)
-    yield Judgement(
-        p99,
-        f"at most {P99_TO_P50_MAX:g} times p50",
-        f"{paced.p99_ms:.1f} ms: {paced.p99_ms / paced.p50_ms:.1f} times p50",
-        paced.p99_ms <= P99_TO_P50_MAX * paced.p50_ms,
-    )
-    yield Judgement(
-        rss,
-        f"at most {RSS_MAX_MIB:g} MiB",
-        f"{ours.rss_mib:.1f} MiB (peak {ours.peak_rss_mib:.1f})",
-        ours.rss_mib <= RSS_MAX_MIB,
-    )
+def _judgement(target: str, wanted: str, found: tuple[str, bool] | None) -> Judgement:
+    measured, reached = found or ("not measured", None)
+    return Judgement(target, wanted, measured, reached)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -236,53 +243,51 @@ def peers_block(run: Run) -> str:
         for peers in (PEERS, LEAN_PEERS):
             theirs = cpu_ms(one, peers)
             row += [_number(theirs), f"1/{theirs / ours:.1f}" if ours and theirs else NONE]
-        rows.append(row)
-    head = ("Apps", "Ours, ms", "Peers' sum, ms", "Ours of it", "Lean peers' sum, ms", "Ours of it")
+        rows.append([*row, *(_number(rss_mib(one, who)) for who in ((OURS,), PEERS))])
+    head = ("Apps", "CPU, ms", "peers' sum", "is", "lean peers' sum", "is", "RSS, MiB", "peers' sum")
     return table(head, rows)
 
 
 def round_block(of: Round) -> str:
     """Return the table of all contenders at one number of apps."""
-    rows = []
-    for one in of.readings:
-        if one.paced is None or one.burst is None:
-            rows.append([one.contender, *[NONE] * 9, one.fault])
-            continue
-        paced, burst = one.paced, one.burst
-        failed = paced.failed + burst.failed
-        rows.append(
-            [
-                one.contender,
-                f"{paced.p50_ms:.1f} / {paced.p99_ms:.1f}",
-                f"{burst.p50_ms:.1f} / {burst.p99_ms:.1f}",
-                f"{paced.own_cpu_ms:.2f} + {paced.daemon_cpu_ms:.2f}",
-                f"{burst.own_cpu_ms:.2f} + {burst.daemon_cpu_ms:.2f}",
-                f"{one.idle_cpu_ms:.1f}",
-                f"{one.rss_mib:.0f} / {one.peak_rss_mib:.0f}",
-                _count(one.series),
-                _count(one.families),
-                _count(one.complaints) if one.series else NONE,
-                "; ".join(part for part in (one.fault, f"{failed} failed" if failed else "") if part) or f"{paced.scrapes}",
-            ]
-        )
     head = (
         f"{of.apps} apps",
         "p50 / p99, ms",
-        "burst p50 / p99, ms",
         "CPU, ms: own + daemon",
-        "burst CPU, ms",
+        "burst p50 / p99, ms",
         "idle CPU, ms/s",
         "RSS / peak, MiB",
         "series",
         "families",
         "promtool says",
-        "scrapes, faults",
+        "scrapes",
+        "notes",
     )
     note = (
         f"`pm2 jlist` prints {of.reply_bytes / 1000:.0f} kB here. The PM2 daemon costs {of.daemon_idle_cpu_ms:.1f} ms/s "
         "when nobody asks."
     )
-    return f"{table(head, rows)}\n\n{note}"
+    return f"{table(head, [_row(one) for one in of.readings])}\n\n{note}"
+
+
+def _row(one: Reading) -> list[str]:
+    if one.paced is None or one.burst is None:
+        return [one.contender, *[NONE] * 9, one.fault]
+    paced, burst, page = one.paced, one.burst, bool(one.series)
+    failed = paced.failed + burst.failed
+    return [
+        one.contender,
+        f"{paced.p50_ms:.1f} / {paced.p99_ms:.1f}",
+        f"{paced.own_cpu_ms:.1f} + {paced.daemon_cpu_ms:.1f}",
+        f"{burst.p50_ms:.1f} / {burst.p99_ms:.1f}",
+        f"{one.idle_cpu_ms:.1f}",
+        f"{one.rss_mib:.0f} / {one.peak_rss_mib:.0f}",
+        str(one.series) if page else NONE,
+        str(one.families) if page else NONE,
+        str(one.complaints) if page else NONE,
+        str(paced.scrapes),
+        "; ".join(part for part in (one.fault, f"{failed} failed" if failed else "") if part),
+    ]
 
 
 def collectors_block(run: Run) -> str:
@@ -328,7 +333,3 @@ def fill(text: str, parts: Mapping[str, str]) -> str:
 
 def _number(value: float | None) -> str:
     return NONE if value is None else f"{value:.1f}"
-
-
-def _count(value: int) -> str:
-    return f"{value:,}".replace(",", " ")

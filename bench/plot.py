@@ -37,12 +37,18 @@ def draw(run: findings.Run, to: Path) -> None:
         _cpu(cpu, run.rounds)
         _lines(latency, run.rounds, _p50, "p50 of a scrape; the bar reaches to p99", "ms", reach=_p99)
         latency.set_yscale("log")
-        _lines(memory, run.rounds, lambda one: one.rss_mib, "resident memory after the run", "MiB")
+        _lines(
+            memory,
+            run.rounds,
+            lambda one: one.rss_mib,
+            f"resident memory after the run\ndotted: ours should stay below {findings.RSS_MAX_MIB:g} MiB",
+            "MiB",
+        )
         memory.axhline(findings.RSS_MAX_MIB, color=COLOURS[findings.OURS], linewidth=0.8, linestyle=":")
         memory.set_ylim(bottom=0)
         handles, labels = latency.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.savefig(to, format="svg", metadata={"Date": None})
+        figure.savefig(to, format=to.suffix[1:], metadata={"Date": None} if to.suffix == ".svg" else {})
         plt.close(figure)
 
 
