@@ -74,7 +74,11 @@ def started(contender: Contender, on: Estate) -> Iterator[Running]:
     log = on.directory / f"{re.sub('[^a-z0-9]+', '-', contender.name)}.log"
     urls = tuple(f"http://127.0.0.1:{port}{path}" for path in contender.paths(on))
     with running(argv, log=log, env=env) as process:
-        _answers(urls, process, within=30)
+        try:
+            _answers(urls, process, within=30)
+        except ScrapeFailed as failure:
+            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
+            raise ScrapeFailed(f"{failure}; it last said: {last}") from failure
         yield Running(contender, process, urls)
 
 
