@@ -30,6 +30,10 @@ class Status(StrEnum):
     ONE_LAUNCH = "one-launch-status"
 
 
+GONE = frozenset({Status.STOPPED, Status.ERRORED, Status.WAITING_RESTART})
+"""The states without a process of the operating system; PM2 may still name the pid of the one that ended."""
+
+
 class Monitor(msgspec.Struct, frozen=True):
     """One of the figures an app publishes about itself (`pm2_env.axm_monitor`)."""
 
@@ -293,14 +297,14 @@ def _listing(rows: Sequence[_Row]) -> Listing:
 
 def _process(row: _Row) -> Process | None:
     env, monit = row.pm2_env, row.monit if isinstance(row.monit, dict) else {}
-    name, pm_id = _text(row.name), _count(row.pm_id)
+    name, pm_id, status = _text(row.name), _count(row.pm_id), _text(env.status)
     if not name or pm_id is None:
         return None
     return Process(
         name=name,
         pm_id=pm_id,
-        pid=_count(row.pid) or 0,
-        status=_text(env.status),
+        pid=0 if status in GONE else _count(row.pid) or 0,
+        status=status,
         namespace=_text(env.namespace),
         exec_mode=_text(env.exec_mode),
         version=_text(env.version),
