@@ -139,6 +139,11 @@ def values(page: str, name: str, label: str) -> dict[str, float]:
     return found
 
 
+def total(page: str, name: str) -> float:
+    """Return the sum of all series of one metric that has labels."""
+    return sum(float(line.rpartition(" ")[2]) for line in page.splitlines() if line.startswith(name + "{"))
+
+
 def measured(of: Round, contender: str) -> Reading | None:
     """Return a contender's reading when it has figures."""
     return next((one for one in of.readings if one.contender == contender and one.paced is not None), None)

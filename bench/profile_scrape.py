@@ -107,7 +107,7 @@ def functions(on: Estate, scrapes: int, top: int) -> None:
         scrape(one, scrapes)
         tell(one, signal.SIGUSR2, to)
         stats = pstats.Stats(str(to))
-    print(f"\nevent loop's thread under cProfile, ms a scrape: {'own':>7} {'total':>9} {'calls':>9}")
+    print(f"\nevent loop's thread under cProfile, CPU ms a scrape: {'own':>7} {'total':>9} {'calls':>9}")
     # pstats types its table as nothing in particular: (primitive calls, calls, own seconds, cumulative seconds, callers).
     table: dict[tuple[str, int, str], tuple[int, int, float, float, object]] = stats.stats  # type: ignore[attr-defined]
     for place, (_, calls, own, total, _callers) in sorted(table.items(), key=lambda item: -item[1][2])[:top]:

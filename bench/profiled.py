@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def under_cprofile(to: Path, argv: Sequence[str]) -> None:
     """Run the exporter under cProfile from SIGUSR1 to SIGUSR2; the statistics are written at the end."""
     import cProfile  # noqa: PLC0415 -- only here, for it must not weigh elsewhere
 
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.thread_time)
     signal.signal(signal.SIGUSR1, lambda *_: profile.enable())
 
     def stop(_number: int, _frame: FrameType | None) -> None:

@@ -15,12 +15,12 @@ import psutil
 
 from bench.contenders import CONTENDERS, lacks, started
 from bench.estate import HERE, estate, exit_on_signals
-from bench.findings import OURS, quantile, values
+from bench.findings import OURS, quantile, total
 from bench.measure import Scraper, memory_mib, page, timed
 
 APPS = 20
 RESTLESS = 4
-CRASH_SECONDS = 0.15
+CRASH_SECONDS = 0.01
 """What PM2 and bash need to bring a crashed script up again; the pace of the crashes reckons with it."""
 
 
@@ -48,7 +48,7 @@ def events(*, crashes: int, lines: int, seconds: float) -> list[dict[str, object
 def state(process: psutil.Process, scrapes: int, text: str) -> str:
     """Return one line of figures."""
     now, peak = memory_mib(process.pid)
-    exits = sum(values(text, "pm2_process_exits_total", "name").values())
+    exits = total(text, "pm2_process_exits_total")
     return f"{scrapes:7} {now:9.1f} {peak:9.1f} {process.num_fds():5} {process.num_threads():8} {exits:8.0f}"
 
 

@@ -176,6 +176,11 @@ def test_values_are_read_by_one_label() -> None:
     assert findings.values(page, "d", "collector") == {"pm2": 0.004, "http": 0.001}
 
 
+def test_a_total_is_of_one_metric_and_all_its_series() -> None:
+    """Series that share a label's value are all counted, a longer name is not."""
+    assert findings.total('e{name="a",cause="x"} 1\ne{name="a",cause="y"} 2\nee{name="a"} 4\n', "e") == 3.0
+
+
 def test_filling_twice_changes_nothing() -> None:
     """The page is made anew from itself, and prose stays."""
     once = findings.fill("before\n<!-- bench:a -->\nold\n<!-- /bench:a -->\nafter\n", {"a": "new"})
