@@ -145,9 +145,11 @@ class DirectoryCollector:
 
     descs = DESCS
 
-    def __init__(self, options: DirectoryOptions, scan: Callable[..., Scan] | None = None) -> None:
-        """Scan the directories of `options`, through `scan` in tests."""
-        self._options = options
+    def __init__(
+        self, options: DirectoryOptions, scan: Callable[..., Scan] | None = None, *, grace: float = _GRACE
+    ) -> None:
+        """Scan the directories of `options` through `scan`; one that is `grace` seconds over its budget hangs."""
+        self._options, self._grace = options, grace
         self._scan = scan or scan_directory
         self._scans: dict[str, Scan] = {}
         self._under_way: set[str] = set()
@@ -164,7 +166,7 @@ class DirectoryCollector:
             while True:
                 start = loop.time()
                 for path in self._options.paths:
-                    await self._look(path, self._options.max_duration, self._options.max_duration + _GRACE)
+                    await self._look(path, self._options.max_duration, self._options.max_duration + self._grace)
                 await asyncio.sleep(max(1.0, start + self._options.interval - loop.time()))
         finally:
             self._in_background = False
