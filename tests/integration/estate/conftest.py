@@ -118,7 +118,7 @@ def driver(sources: Path) -> Path:
         if not (have.exists() and have.read_bytes() == wanted and (folder / "node_modules" / "mongodb").exists()):
             for name in (".npmrc", "package.json", "package-lock.json"):
                 shutil.copy(sources / name, folder / name)
-            subprocess.run(["npm", "ci", "--silent"], cwd=folder, check=True, timeout=300)  # noqa: S607 -- the user's npm
+            subprocess.run(["npm", "ci", "--omit=dev", "--silent"], cwd=folder, check=True, timeout=300)  # noqa: S607 -- the user's npm
     return folder / "node_modules"
 
 

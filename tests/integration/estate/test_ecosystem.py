@@ -118,7 +118,8 @@ def test_what_cannot_start_is_given_up(estate: Callable[..., Estate]) -> None:
     """An app that dies at every start is waited for longer and longer, and PM2 gives up after max_restarts."""
     running = estate(WORDPECKER_DRILL_CRASH_AFTER_MS="20")
     # PM2 overwrites "errored" with "waiting restart" where there is a restart delay; the emptied created_at gives it away.
-    given_up = running.pm2.until(lambda: (app := running.app)["pm2_env"]["created_at"] is None and app, within=60)
+    running.pm2.until(lambda: running.app["pm2_env"]["created_at"] is None, within=60)
+    given_up = running.app
     assert given_up["pm2_env"]["status"] == "waiting restart"
     assert given_up["pm2_env"]["restart_time"] == 9
     assert given_up["pm2_env"]["prev_restart_delay"] > 5000
