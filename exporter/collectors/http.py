@@ -1,7 +1,8 @@
 """HTTP probes: of the configured targets at every scrape, and of any target allowed on /probe.
 
 Metric names, types and meanings are those of blackbox_exporter; `probe_failed_due_to_json` and `probe_failure_reason` are
-this project's own. On /metrics each series says which target, module and app it is of; on /probe, whose caller knows, none does.
+this project's own. On /metrics each series says which target, module and app it is of; on /probe, whose caller knows, none
+does.
 """
 
 import asyncio

@@ -16,7 +16,7 @@ import ssl
 import stat
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ from yarl import URL
 from exporter.probe.aside import aside
 from exporter.probe.judge import decoder, wrong_in_body, wrong_in_head, wrong_in_transport
 from exporter.probe.module import BODY_LIMIT, HEADER_VALUE, HttpProber, ProbeModule
-from exporter.probe.reach import Address, Reach, guarded, normalise, shown
+from exporter.probe.reach import Address, Reach, guarded, normalise, redirected, shown
 from exporter.probe.result import PHASES, Event, FailedError, ProbeResult, Reason
 from exporter.probe.tls import certificates, context, handshake
 
@@ -40,14 +40,27 @@ ASIDE_FROM = 16 * 1024
 """Bytes; a larger body is judged in a thread."""
 
 
+def look_up(host: str) -> list[Address]:
+    """Return the addresses of `host`, in the resolver's order. Blocks; raises OSError when there are none."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
+
+
 async def probe(
-    target: str | URL, module: ProbeModule, *, within: float, reach: Reach = guarded, host: str = ""
+    target: str | URL,
+    module: ProbeModule,
+    *,
+    within: float,
+    reach: Reach = guarded,
+    host: str = "",
+    look_up: Callable[[str], list[Address]] = look_up,
 ) -> ProbeResult:
     """Probe `target` as `module` says, for at most `within` seconds; whatever happens, there is a result.
 
-    `host` is sent as the Host header. Raises ValueError when the target is no HTTP URL, and nothing else.
+    `host` is sent as the Host header. `look_up` may block; it is called once for each name on the way. Raises ValueError
+    when the target is no HTTP URL, and nothing else.
     """
-    run = _Run(normalise(target) if isinstance(target, str) else target, module.http, reach, host)
+    run = _Run(normalise(target) if isinstance(target, str) else target, module.http, reach, host, look_up)
     seconds = min(within, module.timeout or within)
     run.log("info", "Beginning probe", probe="http", timeout_seconds=seconds)
     try:
@@ -112,6 +125,7 @@ class _Run:
     http: HttpProber
     reach: Reach
     host: str
+    look_up: Callable[[str], list[Address]]
     began: float = field(default_factory=time.time)
     zero: float = field(default_factory=time.perf_counter)
     hops: list[_Hop] = field(default_factory=list)
@@ -254,7 +268,7 @@ class _Run:
             found = [ipaddress.ip_address(host)]
         except ValueError:
             try:
-                found = await aside(functools.partial(look_up, host))
+                found = await aside(functools.partial(self.look_up, host))
             except (OSError, UnicodeError) as error:
                 why = getattr(error, "strerror", None) or "not a host name"
                 raise FailedError(Reason.DNS, f"{host}: {why}") from None
@@ -372,21 +386,22 @@ class _Request:
         """Turn to where an answer sends the client, with the method and the body that browsers would send there."""
         self.jar.update_cookies(answer.cookies, self.url)
         try:
-            there = URL(location)
-            self.url = normalise(str(self.url.join(there))).with_user(None)
-        except (ValueError, UnicodeError):
+            there = redirected(self.url, location)
+        except ValueError:
             raise FailedError(Reason.BAD_REDIRECT, "the Location header leads to no HTTP URL") from None
-        if there.absolute:
+        if there.origin() != self.url.origin():
+            # The Host header asked for is for the target only.
             self.host = ""
+        self.url = there
         if answer.status in (301, 302, 303):
             self.method, self.body = "HEAD" if self.method == "HEAD" else "GET", b""
 
 
 def _shown_location(url: URL, location: str) -> str:
     try:
-        return shown(url.join(URL(location)))
-    except (ValueError, UnicodeError):
-        return "not a URL"
+        return shown(redirected(url, location))
+    except ValueError:
+        return "no HTTP URL"
 
 
 async def _authorization(http: HttpProber, target: URL) -> str:
@@ -434,12 +449,6 @@ async def _read_line(name: str) -> str:
 # The address and the connection
 
 
-def look_up(host: str) -> list[Address]:
-    """Return the addresses of `host`, in the resolver's order. Blocks; raises OSError when there are none."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found))
-
-
 def choose(found: list[Address], preferred: Literal["ip4", "ip6"], *, fallback: bool) -> Address | None:
     """Return the first address of the preferred protocol, else, with `fallback`, the first of the other; else None."""
     version = 4 if preferred == "ip4" else 6
@@ -450,10 +459,9 @@ def choose(found: list[Address], preferred: Literal["ip4", "ip6"], *, fallback: 
 
 
 def fnv1a(address: Address) -> int:
-    """Hash an address as blackbox_exporter does (FNV-1a, 32 bits), for which IPv4 addresses too have sixteen bytes."""
-    packed = address.packed if address.version == 6 else b"\0" * 10 + b"\xff\xff" + address.packed  # noqa: PLR2004 -- IPv6
+    """Hash an address as blackbox_exporter does: FNV-1a in 32 bits of its bytes."""
     number = 0x811C9DC5
-    for byte in packed:
+    for byte in address.packed:
         number = (number ^ byte) * 0x01000193 & 0xFFFFFFFF
     return number
 

@@ -14,6 +14,7 @@ from yarl import URL
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PLAIN = re.compile(r"[!-~]+")
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -22,9 +23,15 @@ def normalise(target: str) -> URL:
     scheme = _SCHEME.match(target)
     if scheme and scheme[1].lower() not in ("http", "https"):
         raise ValueError(f"only http:// and https:// can be probed, not {scheme[1]}://")
+    text = target if scheme else f"http://{target}"
     try:
-        url = URL(target if scheme else f"http://{target}").with_fragment(None)
+        url = URL(text).with_fragment(None)
         host = url.raw_host or ""
+        if _PLAIN.fullmatch(text):
+            # Kept as it was written: to a server that checks a signature, %2F is not /.
+            written = URL(text, encoded=True)
+            url = url.with_path(written.raw_path or "/", encoded=True).with_query(None)
+            url = URL(f"{url}?{written.raw_query_string}", encoded=True) if written.raw_query_string else url
     except (ValueError, UnicodeError):
         # yarl's own words may quote the target, and with it its credentials.
         raise ValueError("the target is not a URL") from None
@@ -40,6 +47,17 @@ def _is_ipv6(host: str) -> bool:
         return ipaddress.IPv6Address(host).scope_id is None
     except ValueError:
         return False
+
+
+def redirected(url: URL, location: str) -> URL:
+    """Return where a Location header leads from `url`; raise ValueError where that is no HTTP URL."""
+    if _SCHEME.match(location):
+        return normalise(location).with_user(None)
+    try:
+        there = url.join(URL(location, encoded=bool(_PLAIN.fullmatch(location))))
+    except (ValueError, UnicodeError):
+        raise ValueError("the Location header is not a URL") from None
+    return normalise(str(there)).with_user(None)
 
 
 def shown(url: URL) -> str:
