@@ -26,6 +26,7 @@ PM2_VERSIONS = {7: "7.0.4", 6: "6.0.14", 5: "5.4.3", 4: "4.5.6"}
 """The last release of each major version."""
 
 ROOT = Path(__file__).parents[2]
+ESTATE = ROOT / "tests" / "fixtures" / "pm2" / "estate"
 CACHE = Path(os.environ.get("PM2_TEST_CACHE") or ROOT / ".state")
 
 
@@ -62,12 +63,14 @@ class PM2:
         """Return the daemon's process id; raise FileNotFoundError where it never ran or was ended cleanly."""
         return int((self.home / "pm2.pid").read_text())
 
-    def run(self, *arguments: str, check: bool = True, environ: Mapping[str, str] | None = None) -> str:
+    def run(
+        self, *arguments: str, check: bool = True, environ: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> str:
         """Run the pm2 command and return what it printed; any command starts the daemon where none runs."""
         done = subprocess.run(  # noqa: S603 -- arguments of the tests themselves
             [str(self.cli), *arguments],
             env={**self.environ, **(environ or {})},
-            cwd=self.base,
+            cwd=cwd or self.base,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -102,6 +105,13 @@ class PM2:
             declared.append(entry)
         path = self.file("estate.json", json.dumps({"apps": declared}))
         self.run("start", str(path), environ=environ)
+
+    def start_estate(self) -> None:
+        """Start what the captured replies show: apps of every kind and state, and a PM2 module."""
+        folder = self.base / "estate"
+        shutil.copytree(ESTATE, folder)
+        self.start(*({"cwd": str(folder), **app} for app in json.loads((folder / "apps.json").read_text())))
+        self.run("install", ".", cwd=folder / "pm2-watcher")
 
     def processes(self) -> list[int]:
         """Return the ids of every living process that was started under this home: daemon, apps, their children."""
@@ -159,25 +169,25 @@ def _alive(pid: int) -> bool:
         return False
 
 
+def install(version: int) -> Path:
+    """Return the path of that major version's pm2 command, installed from npm where it is missing."""
+    release = PM2_VERSIONS[version]
+    folder = CACHE / "pm2" / release
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{release}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / ".complete").exists():
+            folder.mkdir(exist_ok=True)
+            quiet = ["--no-audit", "--no-fund", "--no-update-notifier", "--ignore-scripts", "--loglevel=error"]
+            command_line = ["npm", "install", *quiet, "--prefix", str(folder), f"pm2@{release}"]
+            subprocess.run(command_line, check=True, timeout=300)  # noqa: S603 -- nothing foreign in it
+            (folder / ".complete").touch()
+    return folder / "node_modules" / ".bin" / "pm2"
+
+
 @pytest.fixture(scope="session")
 def pm2_install() -> Callable[[int], Path]:
     """Return a function from a major version to the path of its pm2 command, installed from npm where it is missing."""
-
-    def install(version: int) -> Path:
-        release = PM2_VERSIONS[version]
-        folder = CACHE / "pm2" / release
-        command = folder / "node_modules" / ".bin" / "pm2"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with (folder.parent / f"{release}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (folder / ".complete").exists():
-                folder.mkdir(exist_ok=True)
-                quiet = ["--no-audit", "--no-fund", "--no-update-notifier", "--ignore-scripts", "--loglevel=error"]
-                command_line = ["npm", "install", *quiet, "--prefix", str(folder), f"pm2@{release}"]
-                subprocess.run(command_line, check=True, timeout=300)  # noqa: S603 -- nothing foreign in it
-                (folder / ".complete").touch()
-        return command
-
     return install
 
 
