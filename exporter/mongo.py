@@ -1,0 +1,277 @@
+"""A MongoDB deployment as an app meets it: one ping, why it failed, and the few facts a server tells about itself.
+
+Nothing here raises, logs or repeats what the driver said: its texts may hold the URI's credentials. pymongo is imported
+when the first `Mongo` is made, and not before.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from exporter.grammar import Secret
+
+if TYPE_CHECKING:
+    from pymongo import AsyncMongoClient
+
+
+class Reason(StrEnum):
+    """Why a ping failed."""
+
+    AUTH = "auth"
+    """The credentials were refused."""
+    TIMEOUT = "timeout"
+    """No answer in time: frozen, overloaded, or packets are dropped on the way."""
+    REFUSED = "refused"
+    """Nothing listens there, or it hung up."""
+    DNS = "dns"
+    """The host's name, or the SRV record, cannot be resolved."""
+    TLS = "tls"
+    """The TLS handshake failed, or a certificate was not accepted."""
+    NO_PRIMARY = "no_primary"
+    """A member of the replica set answers, but none that the URI's read preference (primary, by default) allows."""
+    URI = "uri"
+    """The URI, or an option in it, is wrong."""
+    OTHER = "other"
+    """Anything else."""
+
+
+class PingResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of one ping."""
+
+    seconds: float | None = None
+    """From asking to the answer, connecting included where it had to; None where there was no answer."""
+    reason: Reason | None = None
+    """Why there was no answer; None where there was one."""
+
+    @property
+    def is_up(self) -> bool:
+        """Whether MongoDB answered."""
+        return self.reason is None
+
+
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server that answered says of itself; None or empty where it did not, or where the user may not ask."""
+
+    version: str = ""
+    edition: str = ""
+    vendor: str = ""
+    uptime: float | None = None
+    """Seconds."""
+    connections: Mapping[str, int] = {}
+    """Current, available and active ones, by these words."""
+    operations: Mapping[str, int] = {}
+    """Since the server started, by kind."""
+    set_name: str = ""
+    """Of the replica set; "" where there is none."""
+    my_state: int | None = None
+    """Of this member in its replica set, as MongoDB numbers the states."""
+
+
+PRIMARY: Final = 1
+SECONDARY: Final = 2
+ARBITER: Final = 7
+
+MARGIN: Final = 0.9
+"""The part of the time that is the driver's; in the rest it is told to stop, and can be told no more."""
+
+
+class Mongo:
+    """A deployment behind one URI, with one kept client; for one event loop."""
+
+    def __init__(self, uri: Secret, timeout: float) -> None:
+        """Prepare; a connection is made when it is needed, and given up on after `timeout` seconds."""
+        import pymongo  # noqa: PLC0415 -- costs megabytes, so only who has a MongoDB pays
+        import pymongo.errors  # noqa: PLC0415 -- the same
+
+        self._pymongo = pymongo
+        self._uri, self._timeout = uri, timeout
+        self._kept: AsyncMongoClient[dict[str, Any]] | None = None
+
+    async def ping(self, within: float) -> PingResult:
+        """Ask for a sign of life; answers after at most `within` seconds, and after the timeout if that is less."""
+        begin = time.perf_counter()
+        try:
+            await self._command("ping", min(within, self._timeout))
+        except self._pymongo.errors.ServerSelectionTimeoutError as error:
+            return PingResult(reason=self._why_none(error))
+        except Exception as error:  # noqa: BLE001 -- whatever fails here is MongoDB's state, and its text may hold a secret
+            return PingResult(reason=classify(error))
+        return PingResult(seconds=time.perf_counter() - begin)
+
+    async def facts(self, within: float) -> Facts:
+        """Ask what the server says of itself; what it does not say within this time, or not to this user, is left out."""
+        until = time.perf_counter() + within
+        said: dict[str, Mapping[str, Any]] = {}
+        for command, arguments in _QUESTIONS.items():
+            try:
+                said[command] = await self._command(command, until - time.perf_counter(), **arguments)
+            except Exception:  # noqa: BLE001 -- one question refused costs its own facts
+                said[command] = {}
+        hello, state = said["hello"], _role(said["hello"])
+        if hello.get("setName") and state is None:
+            try:
+                state = _count((await self._command("replSetGetStatus", until - time.perf_counter())).get("myState"))
+            except Exception:  # noqa: BLE001 -- the same
+                state = None
+        return read_facts(said["serverStatus"], said["buildInfo"], hello, state)
+
+    async def close(self) -> None:
+        """End the client's connections and background tasks; a later ping makes a new client."""
+        kept, self._kept = self._kept, None
+        if kept is not None:
+            await kept.close()
+
+    async def _command(self, command: str, within: float, **arguments: Any) -> Mapping[str, Any]:  # noqa: ANN401 -- any BSON
+        if within <= 0:
+            raise TimeoutError
+        async with asyncio.timeout(within):
+            client = self._client()
+            with self._pymongo.timeout(MARGIN * within):
+                reply: Mapping[str, Any] = await client.admin.command(
+                    command, read_preference=client.read_preference, **arguments
+                )
+                return reply
+
+    def _client(self) -> "AsyncMongoClient[dict[str, Any]]":
+        if self._kept is None:
+            milliseconds = max(1, round(1000 * self._timeout))
+            self._kept = self._pymongo.AsyncMongoClient(
+                self._uri.reveal(),
+                appname="pm2-exporter",
+                connectTimeoutMS=milliseconds,
+                # One connection to watch each server is enough for who asks now and then.
+                serverMonitoringMode="poll",
+                maxPoolSize=4,
+            )
+        return self._kept
+
+    def _why_none(self, error: BaseException) -> Reason:
+        """Tell why no server could be chosen."""
+        servers = [] if self._kept is None else list(self._kept.topology_description.server_descriptions().values())
+        if any(server.is_server_type_known for server in servers):
+            return Reason.NO_PRIMARY
+        reasons = [classify(server.error) for server in servers if isinstance(server.error, BaseException)]
+        return next((reason for reason in reasons if reason is not Reason.OTHER), None) or classify(error)
+
+
+_QUESTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "hello": {},
+    "buildInfo": {},
+    # Everything that is not used is left out, most of it expensive.
+    "serverStatus": dict.fromkeys(
+        (
+            "asserts",
+            "catalogStats",
+            "changeStreamPreImages",
+            "defaultRWConcern",
+            "electionMetrics",
+            "extra_info",
+            "featureCompatibilityVersion",
+            "flowControl",
+            "freeMonitoring",
+            "globalLock",
+            "indexBuilds",
+            "indexBulkBuilder",
+            "indexStats",
+            "locks",
+            "logicalSessionRecordCache",
+            "metrics",
+            "mirroredReads",
+            "network",
+            "opLatencies",
+            "opWorkingTime",
+            "oplogTruncation",
+            "queryAnalyzers",
+            "readConcernCounters",
+            "readPreferenceCounters",
+            "repl",
+            "scramCache",
+            "security",
+            "shardedIndexConsistency",
+            "storageEngine",
+            "tcmalloc",
+            "tenantMigrations",
+            "transactions",
+            "transportSecurity",
+            "twoPhaseCommitCoordinator",
+            "wiredTiger",
+            "mem",
+        ),
+        0,
+    ),
+}
+
+
+def classify(error: BaseException) -> Reason:
+    """Return the reason behind an error of pymongo; pure."""
+    chain = list(_causes(error))
+    if any(getattr(cause, "code", None) in _AUTH_CODES for cause in chain):
+        return Reason.AUTH
+    names = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    return next((reason for reason, signs in _SIGNS if signs & names), Reason.OTHER)
+
+
+_AUTH_CODES: Final = frozenset({13, 18})
+"""Unauthorized, AuthenticationFailed."""
+_SIGNS: Final = (
+    (Reason.TLS, {"SSLError", "CertificateError"}),
+    (Reason.DNS, {"gaierror", "DNSException"}),
+    (Reason.REFUSED, {"ConnectionError"}),
+    (Reason.TIMEOUT, {"TimeoutError", "NetworkTimeout", "ExecutionTimeout", "WaitQueueTimeoutError"}),
+    # OSError: a file named in the URI cannot be read; whatever comes from the network was met above.
+    (Reason.URI, {"InvalidURI", "ConfigurationError", "InvalidName", "ValueError", "TypeError", "OSError"}),
+    (Reason.TIMEOUT, {"ServerSelectionTimeoutError"}),
+    (Reason.REFUSED, {"AutoReconnect"}),
+)
+"""What an error, a parent of its class or one of its causes is called, and what that means; the first that fits counts."""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+
+def read_facts(status: Mapping[str, Any], build: Mapping[str, Any], hello: Mapping[str, Any], state: int | None) -> Facts:
+    """Read the answers to serverStatus, buildInfo and hello; pure. Whatever is not as it should be is left out."""
+    version = build.get("version") or status.get("version")
+    modules = build.get("modules")
+    edition = "Enterprise" if isinstance(modules, list) and "enterprise" in modules else "Community"
+    uptime = status.get("uptime")
+    set_name = hello.get("setName")
+    return Facts(
+        version=version if isinstance(version, str) else "",
+        edition=edition if modules is not None else "",
+        vendor=("Percona" if "psmdbVersion" in build else "MongoDB") if build else "",
+        uptime=float(uptime) if isinstance(uptime, int | float) else None,
+        connections=_counts(status.get("connections"), ("current", "available", "active")),
+        operations=_counts(status.get("opcounters"), ("insert", "query", "update", "delete", "getmore", "command")),
+        set_name=set_name if isinstance(set_name, str) else "",
+        my_state=state,
+    )
+
+
+def _role(hello: Mapping[str, Any]) -> int | None:
+    """Return the state of a member of a replica set, as far as `hello`, which anyone may ask, tells it."""
+    if not hello.get("setName"):
+        return None
+    if hello.get("isWritablePrimary"):
+        return PRIMARY
+    return SECONDARY if hello.get("secondary") else ARBITER if hello.get("arbiterOnly") else None
+
+
+def _counts(section: object, words: tuple[str, ...]) -> dict[str, int]:
+    if not isinstance(section, Mapping):
+        return {}
+    return {word: count for word in words if (count := _count(section.get(word))) is not None}
+
+
+def _count(value: object) -> int | None:
+    return int(value) if isinstance(value, int) and not isinstance(value, bool) else None
