@@ -242,7 +242,7 @@ PROBE_DESCS: tuple[Desc, ...] = _KNOWN
 """All that /probe can answer with."""
 SKIPPED = gauge(
     "pm2_exporter_http_probes_skipped",
-    "Targets that were not probed in this scrape, because others before them used up its time.",
+    "Targets that were not probed in this scrape, for want of time or of descriptors; nothing is known about them.",
     source="the exporter itself",
 )
 _LABELS = ("target", "module", "app")
@@ -329,11 +329,13 @@ class HttpCollector:
                 if left < min(within, target.module.timeout or within) / 2:
                     return None
                 try:
-                    return await probe(target.url, target.module, within=left, reach=self._reach)
+                    result = await probe(target.url, target.module, within=left, reach=self._reach)
                 except Exception:
                     # What is wrong with one probe must not cost the others theirs.
                     log.exception("probe broke", extra={"target": target.labels[0]})
                     return None
+                # A probe that this machine could not make says nothing about the target.
+                return None if result.reason is Reason.RESOURCES else result
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(target), name=f"probe {target.labels[0]}") for target in self._targets]

@@ -1,7 +1,7 @@
 """Blocking work that may hang, kept where only its own thread hangs."""
 
+import _thread
 import asyncio
-import errno
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,14 +15,18 @@ BRANCHES_AT_ONCE = 64
 _branches = threading.BoundedSemaphore(BRANCHES_AT_ONCE)
 
 
+class BusyError(Exception):
+    """Too much work hangs already, or there can be no more threads."""
+
+
 async def aside(work: Callable[[], T]) -> T:
     """Run `work`, which may block for long, in a thread of its own, and wait for it.
 
-    When `work` hangs, only its thread does: no pool runs dry and the program's end does not wait. Raises OSError when
-    too many hang already, and whatever `work` raises.
+    When `work` hangs, only its thread does: no pool runs dry and the program's end does not wait. Raises BusyError when
+    there can be no more threads, and whatever `work` raises.
     """
     if not _branches.acquire(blocking=False):
-        raise OSError(errno.EAGAIN, "too many name look-ups or files are hanging")
+        raise BusyError
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
 
@@ -47,5 +51,10 @@ async def aside(work: Callable[[], T]) -> T:
         with suppress(RuntimeError):
             loop.call_soon_threadsafe(settle, result, failure)
 
-    threading.Thread(target=run, name="probe aside", daemon=True).start()
+    # Not threading.Thread, whose start waits for the new thread to be scheduled, and the loop with it.
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError:
+        _branches.release()
+        raise BusyError from None
     return await done

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import ipaddress
+import os
 import socket
 import ssl
 import stat
@@ -27,7 +28,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
-from exporter.probe.aside import aside
+from exporter.probe.aside import BusyError, aside
 from exporter.probe.judge import decoder, wrong_in_body, wrong_in_head, wrong_in_transport
 from exporter.probe.module import BODY_LIMIT, HEADER_VALUE, HttpProber, ProbeModule
 from exporter.probe.reach import Address, Reach, guarded, normalise, redirected, shown
@@ -70,6 +71,8 @@ async def probe(
         run.fail(Reason.TIMEOUT, f"no complete answer within {seconds:.3g}s, {run.stage}")
     except FailedError as failed:
         run.fail(failed.reason, failed.detail)
+    except BusyError:
+        run.fail(Reason.RESOURCES, "too many name look-ups or files hang already")
     return run.result()
 
 
@@ -235,8 +238,7 @@ class _Run:
             try:
                 tls = await aside(functools.partial(context, self.http.tls_config))
             except (OSError, ValueError) as error:
-                why = getattr(error, "strerror", None) or type(error).__name__
-                raise FailedError(Reason.MODULE, f"tls_config: {why}") from None
+                raise _failed(Reason.MODULE, "tls_config", error) from None
 
         def begins() -> None:
             hop.connected = self.now()
@@ -270,8 +272,7 @@ class _Run:
             try:
                 found = await aside(functools.partial(self.look_up, host))
             except (OSError, UnicodeError) as error:
-                why = getattr(error, "strerror", None) or "not a host name"
-                raise FailedError(Reason.DNS, f"{host}: {why}") from None
+                raise _failed(Reason.DNS, host, error) from None
         address = choose(found, preferred, fallback=self.http.ip_protocol_fallback)
         if address is None:
             raise FailedError(Reason.DNS, f"{host} has no {preferred} address")
@@ -436,7 +437,7 @@ async def _read_file(name: str) -> bytes:
     try:
         return await aside(read)
     except OSError as error:
-        raise FailedError(Reason.MODULE, f"cannot read {name}: {error.strerror}") from None
+        raise _failed(Reason.MODULE, f"cannot read {name}", error) from None
 
 
 async def _read_line(name: str) -> str:
@@ -490,10 +491,23 @@ class _Connector(aiohttp.TCPConnector):
         return connection
 
 
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL})
+
+
+def _failed(reason: Reason, what: str, error: Exception) -> FailedError:
+    """Say that `what` failed for `reason`, unless it is this machine that has nothing left to try it with."""
+    if isinstance(error, OSError) and error.errno in _SCARCE:
+        reason = Reason.RESOURCES
+    return FailedError(reason, f"{what}: {getattr(error, 'strerror', None) or 'not valid'}")
+
+
 def _explained(error: BaseException) -> FailedError:
     """Say why there is no answer, in words that quote no URL, as aiohttp's do."""
     found: tuple[Reason, str]
+    number = getattr(getattr(error, "os_error", error), "errno", None)
     match error:
+        case _ if number in _SCARCE:
+            found = Reason.RESOURCES, os.strerror(number)
         case aiohttp.ClientConnectorCertificateError():
             why = getattr(error.certificate_error, "verify_message", "") or "it does not fit the name"
             found = Reason.TLS, f"the certificate was not accepted: {why}"
@@ -502,7 +516,6 @@ def _explained(error: BaseException) -> FailedError:
         case ssl.SSLError():
             found = Reason.TLS, f"TLS failed: {error.reason or 'no TLS'}"
         case aiohttp.ClientConnectorError():
-            number = error.os_error.errno
             if number == errno.ECONNREFUSED:
                 found = Reason.CONNECTION_REFUSED, "connection refused"
             elif number == errno.ETIMEDOUT:

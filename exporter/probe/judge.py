@@ -10,6 +10,9 @@ from multidict import CIMultiDictProxy
 from exporter.probe.module import HttpProber, JsonAssertion, expression, steps
 from exporter.probe.result import Reason
 
+JSON_LIMIT = 1024**2
+"""Bytes; a longer body is not read as JSON, for what is in it may take twenty times its length in memory."""
+
 
 def decoder(compression: str) -> Callable[[bytes | None], Iterator[bytes]]:
     """Return what decompresses chunk after chunk, into parts of at most 64 KiB, and at None holds that all was there.
@@ -92,6 +95,8 @@ def wrong_in_body(http: HttpProber, body: bytes) -> tuple[Reason, str] | None:
             return Reason.REGEX, f"the body does not match {text!r}"
     if not http.json:
         return None
+    if len(body) > JSON_LIMIT:
+        return Reason.JSON, f"the body is longer than the {JSON_LIMIT} bytes read as JSON"
     try:
         tree = msgspec.json.decode(body)
     except (msgspec.DecodeError, RecursionError, ValueError):

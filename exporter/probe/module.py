@@ -204,7 +204,7 @@ class HttpProber(Strict, frozen=True, kw_only=True):
     fail_if_header_not_matches: tuple[HeaderMatch, ...] = ()
     """Fail when no value of a header matches."""
     json: tuple[JsonAssertion, ...] = ()
-    """Fail unless the body is JSON in which each of these holds. Not known to blackbox_exporter."""
+    """Fail unless the body is JSON, of at most 1 MiB, in which each of these holds. Not known to blackbox_exporter."""
     tls_config: ProbeTLS = default(ProbeTLS())
     """How TLS is spoken."""
     basic_auth: ProbeBasicAuth | None = None

@@ -10,6 +10,8 @@ import msgspec
 class Reason(Enum):
     """Why a probe failed: the first thing that was wrong."""
 
+    RESOURCES = "resources"
+    """This machine has no descriptors or threads left for a probe; it says nothing about the target."""
     MODULE = "module"
     """A file that the module names cannot be read, or holds no certificate."""
     DNS = "dns"
