@@ -60,6 +60,8 @@ class Patience(msgspec.Struct, frozen=True, kw_only=True):
     """The pause before the first attempt to come back; doubled with each that fails, less up to half of it by chance."""
     max_backoff: float = 5.0
     """The longest pause; also how long a connection must have lasted for the pauses to start anew."""
+    glance: float = 5.0
+    """Between two looks at whether the socket's file is still the one that was connected to."""
 
 
 BUFFER: Final = 256 * 1024
@@ -68,8 +70,6 @@ BACKLOG: Final = 64 * 1024
 """Bytes waiting after a hold-up from which on the daemon is taken to be keeping more."""
 PULSE: Final = 0.5
 """Seconds between two signs that the event loop is not held up."""
-GLANCE: Final = 5.0
-"""Seconds between two looks at whether the socket's file is still the one that was connected to."""
 
 
 class Subscriber:
@@ -134,7 +134,7 @@ class Subscriber:
             self.down = None
             log.info("hearing PM2's events")
             while not connection.ended.done():
-                await asyncio.wait((connection.ended,), timeout=GLANCE)
+                await asyncio.wait((connection.ended,), timeout=self._patience.glance)
                 with suppress(OSError):
                     if await asyncio.to_thread(_identity, self._path) != identity:
                         connection.hang_up(Down.REPLACED)
