@@ -126,14 +126,14 @@ def pages() -> Iterator[tuple[Path, str]]:
     yield DOCS / "exporter.schema.json", json.dumps(schema, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
 
 
-_MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_MARKED = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _fill(path: Path, parts: dict[str, str]) -> str:
     text = path.read_text(encoding="utf-8")
     if missing := set(parts) - {match[2] for match in _MARKED.finditer(text)}:
         raise KeyError(f"{path.name}: no place marked for {', '.join(sorted(missing))}")
-    return _MARKED.sub(lambda match: match[1] + parts[match[2]] + match[3], text)
+    return _MARKED.sub(lambda match: match[1] + parts[match[2]] + "\n" + match[3], text)
 
 
 def main() -> int:
