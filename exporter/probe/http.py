@@ -83,6 +83,8 @@ class _Hop:
     url: URL
     start: float
     address: Address | None = None
+    others: list[Address] = field(default_factory=list)
+    """What else the name leads to, over the other protocol."""
     resolved: float = 0.0
     connecting: float = 0.0
     connected: float = 0.0
@@ -226,7 +228,7 @@ class _Run:
         before = self.hops[-1].address if self.hops else None
         hop = _Hop(request.url, self.now())
         self.hops.append(hop)
-        hop.address = await self._resolve(request.url)
+        hop.address, hop.others = await self._resolve(request.url)
         hop.resolved = self.now()
         self.log("info", "Resolved target address", ip=str(hop.address))
         if refusal := self.reach(request.url, hop.address, before):
@@ -257,13 +259,19 @@ class _Run:
                 server_hostname=request.server_name(self.http.tls_config.server_name) if hop.tls else None,
             )
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise _explained(error) from None
+            failed = _explained(error)
+            if failed.reason is Reason.CONNECTION_REFUSED and hop.others:
+                # The trap of `localhost`: its IPv6 address comes first, and the app listens on 127.0.0.1 only.
+                also = f"{request.url.raw_host} is also {hop.others[0]}, see preferred_ip_protocol"
+                failed = FailedError(failed.reason, f"{failed.detail} at {hop.address}; {also}")
+            raise failed from None
         finally:
             handshake.reset(token)
         hop.answered = self.now()
         return answer
 
-    async def _resolve(self, url: URL) -> Address:
+    async def _resolve(self, url: URL) -> tuple[Address, list[Address]]:
+        """Return the address to connect to, and those of the other protocol."""
         host, preferred = url.raw_host or "", self.http.preferred_ip_protocol
         self.log("info", "Resolving target address", target=host, ip_protocol=preferred)
         try:
@@ -276,7 +284,7 @@ class _Run:
         address = choose(found, preferred, fallback=self.http.ip_protocol_fallback)
         if address is None:
             raise FailedError(Reason.DNS, f"{host} has no {preferred} address")
-        return address
+        return address, [other for other in found if other.version != address.version]
 
     async def _judge(self, answer: aiohttp.ClientResponse, *, read: bool) -> None:
         """Hold the last answer against what the module asks for."""

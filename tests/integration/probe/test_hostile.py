@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from exporter.grammar import Secret, Size
 from exporter.probe.http import probe
@@ -404,6 +406,7 @@ async def test_ipv6(site6: "Site") -> None:
     assert (await ask(f"two.example:{site6.port}", look_up=two)).success
     four = await ask(f"two.example:{site6.port}", like=module(preferred_ip_protocol="ip4"), look_up=two)
     assert four.reason is Reason.CONNECTION_REFUSED
+    assert four.detail == "connection refused at 127.0.0.1; two.example is also ::1, see preferred_ip_protocol"
     assert four.ip_protocol == 4
 
 
@@ -425,3 +428,54 @@ async def test_cancelled(site: "Site") -> None:
         await task
     async with asyncio.timeout(PATIENCE):
         await gone.wait()
+
+
+SCRAPS = [
+    b"HTTP/1.1 200 OK",
+    b"HTTP/1.0 302 Found",
+    b"HTTP/9.9 999 ",
+    b"\r\n",
+    b"\r\n\r\n",
+    b"Content-Length: 5",
+    b"Content-Length: -1",
+    b"Content-Length: 99999999999999999999",
+    b"Transfer-Encoding: chunked",
+    b"Content-Encoding: gzip",
+    b"Location: /",
+    b"Location: http://[::1",
+    b"Location: \xff\xfe",
+    b"Set-Cookie: \x01=\xff; Domain=..",
+    b"Last-Modified: Foo, 99 Bar 0000 99:99:99 GMT",
+    b"X: \x00",
+    b": empty",
+    b"5\r\nhello\r\n",
+    b"0\r\n\r\n",
+    b"hello",
+    b'{"status":"healthy"}',
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.sampled_from(SCRAPS) | st.binary(max_size=20), max_size=12))
+def test_any_answer(scraps: list[bytes]) -> None:
+    """Whatever bytes a server sends, the probe ends in a result."""
+
+    async def play() -> ProbeResult:
+        async def speak(reader: Reader, writer: Writer) -> None:
+            try:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"".join(scraps))
+                await writer.drain()
+            finally:
+                writer.close()
+
+        server = await asyncio.start_server(speak, "127.0.0.1", 0)
+        async with server:
+            like = module(json=(JsonAssertion(path="status", equals="healthy"),), compression="gzip")
+            result = await ask(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", like=like)
+            # The server's side closes in the loop's next turns.
+            for _ in range(3):
+                await asyncio.sleep(0)
+            return result
+
+    assert asyncio.run(play()).reason is not None
