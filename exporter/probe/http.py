@@ -273,7 +273,7 @@ class _Run:
     async def _resolve(self, url: URL) -> tuple[Address, list[Address]]:
         """Return the address to connect to, and those of the other protocol."""
         host, preferred = url.raw_host or "", self.http.preferred_ip_protocol
-        self.log("info", "Resolving target address", target=host, ip_protocol=preferred)
+        self.log("info", "Resolving target address", host=host, ip_protocol=preferred)
         try:
             found = [ipaddress.ip_address(host)]
         except ValueError:
