@@ -5,16 +5,17 @@ Where PM2 cannot be asked, `pm2_up` is 0, `pm2_down_reason` says why, and nothin
 
 import asyncio
 import logging
+import math
 import os
 import stat
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from exporter.exposition import Desc, Metric, Row, counter, gauge, single
+from exporter.exposition import Desc, Metric, Row, counter, gauge, single, summary
 from exporter.grammar import Duration, Size, Strict, default
 from exporter.pm2.client import PM2Error, Reader, Reason, Shared, Source
 from exporter.pm2.command import Command, check
@@ -109,7 +110,7 @@ MAX_MEMORY = gauge(
     _APP,
     source="PM2 pm2_env.max_memory_restart",
 )
-LATENCY = gauge(
+LATENCY = summary(
     "pm2_process_event_loop_latency_seconds",
     "Latency of the event loop, by quantile, as the app measures it; what it measures below zero is 0.",
     (*_APP, "quantile"),
@@ -135,7 +136,7 @@ HTTP_RATE = gauge(
     _APP,
     source="PM2 pm2_env.axm_monitor HTTP",
 )
-HTTP_LATENCY = gauge(
+HTTP_LATENCY = summary(
     "pm2_process_http_latency_seconds",
     "Latency of the HTTP requests that the app serves, by quantile, as it measures them.",
     (*_APP, "quantile"),
@@ -433,9 +434,10 @@ _UNITS = {
 }
 
 
-def _in_base_unit(value: float, unit: str) -> tuple[float, str]:
+def _in_base_unit(value: float, unit: str) -> tuple[float | None, str]:
     factor, base = _UNITS.get(unit, (1.0, unit))
-    return value * factor, base
+    value *= factor
+    return value if math.isfinite(value) else None, base
 
 
 def _published(processes: Iterable[Process], most: int) -> Iterable[Metric]:
@@ -452,11 +454,11 @@ def _published(processes: Iterable[Process], most: int) -> Iterable[Metric]:
         own: list[Monitor] = []
         for monitor in process.monitors:
             known = _STANDARD.get(monitor.name)
-            value, base = _in_base_unit(monitor.value, monitor.unit or known.unit) if known else (0.0, "")
+            value, base = _in_base_unit(monitor.value, monitor.unit or known.unit) if known else (None, "")
             if known is None or base != known.base:
                 own.append(monitor)
             elif known.desc is LATENCY:
-                rows[LATENCY.name][1].append(((*app, known.quantile), max(value, 0.0)))
+                rows[LATENCY.name][1].append(((*app, known.quantile), None if value is None else max(value, 0.0)))
             elif known.desc is not None:
                 rows[known.desc.name][1].append(((*app, known.quantile) if known.quantile else app, value))
         own.sort(key=lambda monitor: monitor.name)
@@ -481,6 +483,10 @@ class _File(NamedTuple):
     modified: float
 
 
+_LOOKED_WITHIN = 1.0
+"""Seconds; a look at a few hundred files on a local disk takes milliseconds."""
+
+
 class _Look(NamedTuple):
     """One look under way."""
 
@@ -492,7 +498,8 @@ class _Look(NamedTuple):
 class _Files:
     """Looks at files in a thread, one look at a time: a log file on a dead network share can make stat(2) hang for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, stat_of: Callable[[str], os.stat_result] = os.stat) -> None:
+        self._stat_of = stat_of
         self._look: _Look | None = None
 
     async def look(self, paths: Sequence[str], within: float) -> dict[str, _File]:
@@ -515,7 +522,7 @@ class _Files:
 
         def run() -> None:
             try:
-                _stat_each(paths, look.found, until=now + _LOOKED_WITHIN)
+                self._stat_each(paths, look.found, until=now + _LOOKED_WITHIN)
             finally:
                 with suppress(RuntimeError):  # the loop may be closed by now
                     loop.call_soon_threadsafe(look.done.set)
@@ -523,16 +530,11 @@ class _Files:
         threading.Thread(target=run, name="PM2's files", daemon=True).start()
         return look
 
-
-_LOOKED_WITHIN = 1.0
-"""Seconds; a look at a few hundred files on a local disk takes milliseconds."""
-
-
-def _stat_each(paths: Iterable[str], found: dict[str, _File], *, until: float) -> None:
-    for path in paths:
-        if time.monotonic() > until:
-            return
-        with suppress(OSError, ValueError):
-            seen = os.stat(path)  # noqa: PTH116 -- a Path for each would cost more than the look
-            if stat.S_ISREG(seen.st_mode):
-                found[path] = _File(seen.st_size, seen.st_mtime)
+    def _stat_each(self, paths: Iterable[str], found: dict[str, _File], *, until: float) -> None:
+        for path in paths:
+            if time.monotonic() > until:
+                return
+            with suppress(OSError, ValueError):
+                seen = self._stat_of(path)
+                if stat.S_ISREG(seen.st_mode):
+                    found[path] = _File(seen.st_size, seen.st_mtime)

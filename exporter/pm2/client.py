@@ -51,10 +51,14 @@ class Reader:
         return _with_peer(read(decode_report, reply), peer)
 
     async def listing(self, within: float) -> Listing:
-        """Return the processes and the daemon, asked for in one go."""
-        (listing, report), peer = await self._door.ask(within, call(Method.LIST, {}), call(Method.REPORT, {}))
-        daemon = _with_peer(read(decode_report, report), peer)
-        return msgspec.structs.replace(read(decode_reply, listing), daemon=daemon)
+        """Return the processes and the daemon, asked for in one go; a report that cannot be had hides no process."""
+        (processes, report), peer = await self._door.ask(within, call(Method.LIST, {}), call(Method.REPORT, {}))
+        listing = read(decode_reply, processes)
+        try:
+            daemon = read(decode_report, report)
+        except PM2Error:
+            daemon = Daemon()
+        return msgspec.structs.replace(listing, daemon=_with_peer(daemon, peer))
 
 
 def _with_peer(daemon: Daemon, peer: Peer) -> Daemon:
