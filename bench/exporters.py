@@ -149,6 +149,10 @@ def reading(one: Running, scraped: Scraped, fault: str, idle: Idle) -> findings.
     ]
     pages = [page(url) for url in one.urls]
     counts = [findings.count_series(text) for text in pages]
+    said = max((complaints(text, which("promtool")) for text in pages), key=len)
+    if one.contender.name == findings.OURS:
+        for line in said:
+            say(f"promtool: {line}")
     return findings.Reading(
         contender=one.contender.name,
         version=one.contender.version(),
@@ -160,7 +164,7 @@ def reading(one: Running, scraped: Scraped, fault: str, idle: Idle) -> findings.
         peak_rss_mib=scraped.rss[1],
         series=sum(series for series, _ in counts),
         families=max(families for _, families in counts),
-        complaints=max(complaints(text, which("promtool")) for text in pages),
+        complaints=len(said),
         wire_bytes=sum(len(Scraper(url).body()) for url in one.urls),
     )
 

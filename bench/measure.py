@@ -189,12 +189,12 @@ def run_command(argv: Sequence[str], env: Mapping[str, str]) -> tuple[float, flo
     return wall, (usage.ru_utime + usage.ru_stime) * 1000, usage.ru_maxrss / 1024
 
 
-def complaints(text: str, promtool: str) -> int:
-    """Return how many lines `promtool check metrics` has to say about a page."""
+def complaints(text: str, promtool: str) -> list[str]:
+    """Return the lines that `promtool check metrics` has to say about a page."""
     done = subprocess.run(  # noqa: S603 -- our own argv
         [promtool, "check", "metrics"], input=text, text=True, check=False, capture_output=True, timeout=60
     )
-    return len(done.stderr.splitlines())
+    return done.stderr.splitlines()
 
 
 def cost(

@@ -54,9 +54,10 @@ def under_tracemalloc(to: Path, argv: Sequence[str]) -> None:
 
 
 def weighing_imports(to: Path, argv: Sequence[str]) -> None:
-    """Run the exporter with each import weighed; at SIGUSR2 the resident bytes that each top package added are written."""
+    """Run the exporter with each import weighed; at SIGUSR2 the resident bytes each top package added are written."""
     added: dict[str, int] = defaultdict(int)
-    added["(Python itself)"] = resident_bytes()
+    added["Python itself"] = resident_bytes()
+    first: dict[str, str] = {}
     inner = [0]
     load = builtins.__import__
 
@@ -67,6 +68,8 @@ def weighing_imports(to: Path, argv: Sequence[str]) -> None:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
+        package = (str((globals or {}).get("__package__") or "") if level else name).partition(".")[0]
+        first.setdefault(package, str((globals or {}).get("__name__")))
         before = resident_bytes()
         inner.append(0)
         try:
@@ -74,11 +77,10 @@ def weighing_imports(to: Path, argv: Sequence[str]) -> None:
         finally:
             grown, nested = resident_bytes() - before, inner.pop()
             inner[-1] += grown
-            package = str((globals or {}).get("__package__") or "") if level else name
-            added[package.partition(".")[0]] += grown - nested
+            added[package] += grown - nested
 
     def write(_number: int, _frame: FrameType | None) -> None:
-        to.write_text(json.dumps(added))
+        to.write_text(json.dumps({f"{name}, first for {first.get(name)}": size for name, size in added.items()}))
 
     signal.signal(signal.SIGUSR2, write)
     builtins.__import__ = weigh
