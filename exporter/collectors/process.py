@@ -355,20 +355,34 @@ def _reading(app: App, stat: Stat, usage: Usage) -> Reading:
 
 def _tree(app: App, members: Sequence[tuple[Stat, Usage]]) -> Tree:
     """Add up a tree's processes; where one's share cannot be seen, the sum cannot be told."""
-    alive = [(stat, usage) for stat, usage in members if not stat.is_zombie]
-    fds = [(usage.open_fds, usage.max_fds) for _, usage in alive]
-    limited = [(count, limit) for count, limit in fds if count is not None and limit]
-    open_fds, max_fds = max(limited, key=lambda pair: pair[0] / pair[1], default=(None, None))
-    counts = [count for count, _ in fds if count is not None]
+    processes = resident = virtual = swapped = threads = open_in_all = 0
+    sees_io = sees_fds = True
+    closest: tuple[int, int] | None = None
+    for stat, usage in members:
+        sees_io &= usage.read is not None
+        if stat.is_zombie:
+            continue
+        processes += 1
+        resident += usage.resident
+        virtual += stat.virtual
+        swapped += usage.swapped
+        threads += stat.threads
+        if usage.open_fds is None:
+            sees_fds = False
+            continue
+        open_in_all += usage.open_fds
+        if usage.max_fds and (closest is None or usage.open_fds / usage.max_fds > closest[0] / closest[1]):
+            closest = (usage.open_fds, usage.max_fds)
+    open_fds, max_fds = closest or (None, None)
     return Tree(
         app,
-        sees_io=all(usage.read is not None for _, usage in members),
-        processes=len(alive),
-        resident=sum([usage.resident for _, usage in alive]),
-        virtual=sum([stat.virtual for stat, _ in alive]),
-        swapped=sum([usage.swapped for _, usage in alive]),
-        threads=sum([stat.threads for stat, _ in alive]),
+        sees_io=sees_io,
+        processes=processes,
+        resident=resident,
+        virtual=virtual,
+        swapped=swapped,
+        threads=threads,
         open_fds=open_fds,
         max_fds=max_fds,
-        tree_open_fds=sum(counts) if len(counts) == len(fds) else None,
+        tree_open_fds=open_in_all if sees_fds else None,
     )
