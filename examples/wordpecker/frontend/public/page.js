@@ -36,8 +36,8 @@ async function refresh() {
   show('memory', health.body?.memory ? `${(health.body.memory.rss / 1048576).toFixed(1)} MiB` : '–');
   show('version', health.body?.version ?? '–');
   show('mongodb', ready.body?.checks?.mongodb.status ?? '–');
-  const keys = Object.entries(ready.body?.checks?.api_keys ?? {});
-  show('keys', keys.length ? keys.map(([name, there]) => `${name} ${there ? '✓' : '–'}`).join('  ') : '–');
+  const keys = ready.body?.checks?.api_keys;
+  show('keys', keys ? Object.keys(keys).filter((name) => keys[name]).join(', ') || 'none' : '–');
   const rows = Array.isArray(lists.body) ? lists.body.map(({ name, words }) => [name, `${words} words`]) : [['not to be had now', '']];
   document.getElementById('lists').replaceChildren(...(rows.length ? rows : [['none yet', '']]).map(([name, words]) => {
     const row = document.createElement('li');
