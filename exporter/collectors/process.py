@@ -161,6 +161,7 @@ class Ledger:
             self._first = max((stat.start for stat in table.values()), default=0)
         own: dict[App, Counts] = {}
         mixed: dict[App, Counts] = {}
+        posted: dict[int, Reading] = {}
         for pid, now in readings.items():
             then = self._before(pid, now)
             own[now.app] = _sum(own.get(now.app, _ZERO), _growth(then.own, now.own))
@@ -168,6 +169,8 @@ class Ledger:
             if not (then.sees_io and now.sees_io):
                 grown = (*grown[:4], 0, 0)
             mixed[now.app] = _sum(mixed.get(now.app, _ZERO), grown)
+            # What was seen of the I/O before it was hidden stays known, for it has been counted.
+            posted[pid] = now if now.sees_io else now._replace(mixed=(*now.mixed[:4], *then.mixed[4:]))
         owed = self._owed(readings, table)
         unpaid, self._unpaid = self._unpaid, {}
         self.totals = {app: self.totals.get(app, _ZERO) for app in apps if app in self.totals or app in own}
@@ -176,7 +179,7 @@ class Ledger:
             self.totals[app] = _sum(self.totals[app], _sum(used, _growth(due, mixed[app])))
             if app in owed:
                 self._unpaid[app] = _least(_growth(mixed[app], due), owed[app])
-        self._readings = dict(readings)
+        self._readings = posted
 
     def _before(self, pid: int, now: Reading) -> Reading:
         """Return what a process had used by the last look; nothing if it is new, all if it is older than the first look."""

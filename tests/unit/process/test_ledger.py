@@ -22,7 +22,7 @@ class Task:
         self.ppid, self.start = ppid, start
         self.own = self.reaped = 0
         self.state = b"S"
-        self.ignores_children = self.is_subreaper = False
+        self.ignores_children = self.is_subreaper = self.hides_io = False
 
 
 class Kernel:
@@ -36,6 +36,7 @@ class Kernel:
         self.roots = {("app", str(number)): self.fork(DAEMON) for number in range(apps)}
         self.used = dict.fromkeys(self.roots, 0)
         self.lost = dict.fromkeys(self.roots, 0)
+        self.hid_io = False
 
     def fork(self, ppid: int) -> int:
         """Return the new child's pid."""
@@ -74,8 +75,14 @@ class Kernel:
                 "wait": lambda: self.wait(pid),
                 "release": self.release,
                 "ignore": lambda: setattr(self.tasks[pid], "ignores_children", True),
+                "hide": lambda: self.hide(pid),
                 "subreap": lambda: setattr(self.tasks[pid], "is_subreaper", True),
             }[kind]()
+
+    def hide(self, pid: int) -> None:
+        """Take on rights that forbid others to see the I/O, or lay them down."""
+        self.tasks[pid].hides_io = not self.tasks[pid].hides_io
+        self.hid_io = True
 
     def burn(self, pid: int, amount: int) -> None:
         """Use CPU time."""
@@ -159,8 +166,8 @@ class Kernel:
         task = self.tasks.get(pid)
         if task is None or task.state == b"X":
             return None
-        everything = task.own + task.reaped
-        return Usage(0, 0, task.own, 0, everything, 0, 0, 1024)
+        everything = None if task.hides_io else task.own + task.reaped
+        return Usage(0, 0, task.own, 0, everything, everything, 0, 1024)
 
     def listing(self) -> Listing:
         """Return PM2's list."""
@@ -184,7 +191,9 @@ class Kernel:
         return ()
 
 
-KINDS = ["burn"] * 6 + ["fork"] * 4 + ["exit"] * 2 + ["wait"] * 4 + ["release"] * 2 + ["ignore", "subreap", "restart"]
+KINDS = (
+    ["burn"] * 6 + ["fork"] * 4 + ["exit"] * 2 + ["wait"] * 4 + ["release"] * 2 + ["ignore", "subreap", "restart", "hide"]
+)
 
 
 def steps(kinds: list[str]) -> st.SearchStrategy[list[Step]]:
@@ -248,7 +257,7 @@ def test_totals_never_shrink_nor_exceed_the_truth_nor_fall_far_behind(life: list
         before = {**before, **now}
     for app, counts in before.items():
         assert counts[0] >= kernel.used[app] - kernel.lost[app]
-        assert counts[4] >= kernel.used[app] - kernel.lost[app]
+        assert counts[4] >= kernel.used[app] - kernel.lost[app] or kernel.hid_io
 
 
 @settings(max_examples=400, deadline=None)
@@ -350,6 +359,18 @@ def test_the_usage_of_an_unwaited_child_stays_and_hides_others_only_briefly() ->
     kernel.wait(root)
     kernel.release()
     assert used(kernel.look(ledger)) == 101 + 30 - 1
+
+
+def test_a_child_that_hides_its_io_and_ends_counts_once() -> None:
+    """What was seen of a process's I/O before it was hidden is not counted again when it comes up through the parent."""
+    kernel, ledger, root, child = family()
+    kernel.hide(child)
+    kernel.look(ledger)
+    kernel.burn(child, 5)
+    kernel.exit(child)
+    kernel.wait(root)
+    kernel.release()
+    assert totals(kernel.look(ledger))[APP][4:] == (105, 105)
 
 
 def test_an_orphan_that_lives_on_elsewhere_hides_nothing() -> None:
