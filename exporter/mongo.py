@@ -5,7 +5,9 @@ when the first `Mongo` is made, and not before.
 """
 
 import asyncio
+import re
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +18,7 @@ from exporter.grammar import Secret
 
 if TYPE_CHECKING:
     from pymongo import AsyncMongoClient
+    from pymongo.server_description import ServerDescription
 
 
 class Reason(StrEnum):
@@ -75,8 +78,9 @@ PRIMARY: Final = 1
 SECONDARY: Final = 2
 ARBITER: Final = 7
 
-MARGIN: Final = 0.9
-"""The part of the time that is the driver's; in the rest it is told to stop, and can be told no more."""
+SCHEMES: Final = ("mongodb://", "mongodb+srv://")
+GLANCE: Final = 0.05
+"""Seconds between two looks at whether waiting for an answer still makes sense."""
 
 
 class Mongo:
@@ -85,38 +89,39 @@ class Mongo:
     def __init__(self, uri: Secret, timeout: float) -> None:
         """Prepare; a connection is made when it is needed, and given up on after `timeout` seconds."""
         import pymongo  # noqa: PLC0415 -- costs megabytes, so only who has a MongoDB pays
-        import pymongo.errors  # noqa: PLC0415 -- the same
 
-        self._pymongo = pymongo
+        self._make = pymongo.AsyncMongoClient
         self._uri, self._timeout = uri, timeout
         self._kept: AsyncMongoClient[dict[str, Any]] | None = None
 
     async def ping(self, within: float) -> PingResult:
-        """Ask for a sign of life; answers after at most `within` seconds, and after the timeout if that is less."""
-        begin = time.perf_counter()
+        """Ask for a sign of life; answers after at most `within` seconds, and after the timeout if that is less.
+
+        Where no server can be reached, the answer comes as soon as each of them has been tried again.
+        """
+        begin = time.monotonic()
+        deadline = begin + min(within, self._timeout)
+        asked = asyncio.create_task(self._command("ping"), name="MongoDB ping")
         try:
-            await self._command("ping", min(within, self._timeout))
-        except self._pymongo.errors.ServerSelectionTimeoutError as error:
-            return PingResult(reason=self._why_none(error))
+            while not asked.done() and (left := deadline - time.monotonic()) > 0 and not self._is_hopeless(begin):
+                await asyncio.wait((asked,), timeout=min(GLANCE, left))
+            if not asked.done():
+                return PingResult(reason=self._why_silent())
+            asked.result()
         except Exception as error:  # noqa: BLE001 -- whatever fails here is MongoDB's state, and its text may hold a secret
-            return PingResult(reason=classify(error))
-        return PingResult(seconds=time.perf_counter() - begin)
+            reason = classify(error)
+            return PingResult(reason=self._why_silent() if reason is Reason.TIMEOUT else reason)
+        finally:
+            asked.cancel()
+        return PingResult(seconds=time.monotonic() - begin)
 
     async def facts(self, within: float) -> Facts:
         """Ask what the server says of itself; what it does not say within this time, or not to this user, is left out."""
-        until = time.perf_counter() + within
-        said: dict[str, Mapping[str, Any]] = {}
-        for command, arguments in _QUESTIONS.items():
-            try:
-                said[command] = await self._command(command, until - time.perf_counter(), **arguments)
-            except Exception:  # noqa: BLE001 -- one question refused costs its own facts
-                said[command] = {}
+        deadline = time.monotonic() + within
+        said = {command: await self._answer(command, deadline, **rest) for command, rest in _QUESTIONS.items()}
         hello, state = said["hello"], _role(said["hello"])
         if hello.get("setName") and state is None:
-            try:
-                state = _count((await self._command("replSetGetStatus", until - time.perf_counter())).get("myState"))
-            except Exception:  # noqa: BLE001 -- the same
-                state = None
+            state = _count((await self._answer("replSetGetStatus", deadline)).get("myState"))
         return read_facts(said["serverStatus"], said["buildInfo"], hello, state)
 
     async def close(self) -> None:
@@ -125,37 +130,59 @@ class Mongo:
         if kept is not None:
             await kept.close()
 
-    async def _command(self, command: str, within: float, **arguments: Any) -> Mapping[str, Any]:  # noqa: ANN401 -- any BSON
-        if within <= 0:
-            raise TimeoutError
-        async with asyncio.timeout(within):
-            client = self._client()
-            with self._pymongo.timeout(MARGIN * within):
-                reply: Mapping[str, Any] = await client.admin.command(
-                    command, read_preference=client.read_preference, **arguments
-                )
-                return reply
+    async def _answer(self, command: str, deadline: float, **arguments: Any) -> Mapping[str, Any]:  # noqa: ANN401 -- any BSON
+        """Return the answer to a command, an empty one where there is none."""
+        try:
+            async with asyncio.timeout(max(0, deadline - time.monotonic())):
+                return await self._command(command, **arguments)
+        except Exception:  # noqa: BLE001 -- a question that is refused costs its own facts
+            return {}
+
+    async def _command(self, command: str, **arguments: Any) -> Mapping[str, Any]:  # noqa: ANN401 -- any BSON
+        client = self._client()
+        answer: Mapping[str, Any] = await client.admin.command(command, read_preference=client.read_preference, **arguments)
+        return answer
 
     def _client(self) -> "AsyncMongoClient[dict[str, Any]]":
         if self._kept is None:
-            milliseconds = max(1, round(1000 * self._timeout))
-            self._kept = self._pymongo.AsyncMongoClient(
-                self._uri.reveal(),
-                appname="pm2-exporter",
-                connectTimeoutMS=milliseconds,
-                # One connection to watch each server is enough for who asks now and then.
-                serverMonitoringMode="poll",
-                maxPoolSize=4,
-            )
+            uri, milliseconds = self._uri.reveal(), max(1, round(1000 * self._timeout))
+            if not uri.startswith(SCHEMES):
+                # The driver would take it for the name of a host.
+                raise ValueError("not a MongoDB URI")
+            with warnings.catch_warnings():
+                # Of options meant for other drivers, quoting what may be a piece of a password.
+                warnings.simplefilter("ignore")
+                self._kept = self._make(
+                    uri,
+                    appname="pm2-exporter",
+                    connectTimeoutMS=milliseconds,
+                    serverSelectionTimeoutMS=milliseconds,
+                    # One connection to watch each server is enough for who asks now and then.
+                    serverMonitoringMode="poll",
+                    maxPoolSize=4,
+                )
         return self._kept
 
-    def _why_none(self, error: BaseException) -> Reason:
-        """Tell why no server could be chosen."""
-        servers = [] if self._kept is None else list(self._kept.topology_description.server_descriptions().values())
-        if any(server.is_server_type_known for server in servers):
-            return Reason.NO_PRIMARY
-        reasons = [classify(server.error) for server in servers if isinstance(server.error, BaseException)]
-        return next((reason for reason in reasons if reason is not Reason.OTHER), None) or classify(error)
+    def _servers(self) -> "list[ServerDescription]":
+        return [] if self._kept is None else list(self._kept.topology_description.server_descriptions().values())
+
+    def _is_hopeless(self, since: float) -> bool:
+        """Tell whether every server has been tried and found wanting since that moment."""
+        servers = self._servers()
+        return bool(servers) and all(
+            server.error is not None and (server.last_update_time or 0) > since for server in servers
+        )
+
+    def _why_silent(self) -> Reason:
+        """Tell why there was no answer, from what is known of the servers."""
+        if self._kept is None:
+            return Reason.TIMEOUT
+        known = [server for server in self._servers() if server.is_server_type_known]
+        if known:
+            can_serve = self._kept.topology_description.has_readable_server(self._kept.read_preference)
+            return Reason.TIMEOUT if can_serve else Reason.NO_PRIMARY
+        reasons = [classify(server.error) for server in self._servers() if server.error is not None]
+        return next((reason for reason in reasons if reason is not Reason.OTHER), Reason.TIMEOUT)
 
 
 _QUESTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
@@ -212,20 +239,32 @@ def classify(error: BaseException) -> Reason:
     if any(getattr(cause, "code", None) in _AUTH_CODES for cause in chain):
         return Reason.AUTH
     names = {kind.__name__ for cause in chain for kind in type(cause).__mro__}
+    if len(chain) == 1 and "AutoReconnect" in names:
+        # The driver keeps an error of its watching without its cause; only the text tells it, after "HOST:PORT: ".
+        text = str(error).partition(": ")[2]
+        for reason, sign in _TEXTS:
+            if sign.search(text):
+                return reason
     return next((reason for reason, signs in _SIGNS if signs & names), Reason.OTHER)
 
 
 _AUTH_CODES: Final = frozenset({13, 18})
 """Unauthorized, AuthenticationFailed."""
+_TEXTS: Final = (
+    (Reason.TLS, re.compile(r"\[SSL|SSL handshake|CERTIFICATE_VERIFY_FAILED|TLS/SSL|certificate")),
+    # Errors of the resolver are the negative ones.
+    (Reason.DNS, re.compile(r"\[Errno -\d+\]")),
+)
 _SIGNS: Final = (
     (Reason.TLS, {"SSLError", "CertificateError"}),
     (Reason.DNS, {"gaierror", "DNSException"}),
     (Reason.REFUSED, {"ConnectionError"}),
+    # Of a file named in the URI.
+    (Reason.URI, {"FileNotFoundError", "PermissionError", "IsADirectoryError"}),
     (Reason.TIMEOUT, {"TimeoutError", "NetworkTimeout", "ExecutionTimeout", "WaitQueueTimeoutError"}),
-    # OSError: a file named in the URI cannot be read; whatever comes from the network was met above.
-    (Reason.URI, {"InvalidURI", "ConfigurationError", "InvalidName", "ValueError", "TypeError", "OSError"}),
+    (Reason.URI, {"InvalidURI", "ConfigurationError", "InvalidName", "ValueError", "TypeError"}),
     (Reason.TIMEOUT, {"ServerSelectionTimeoutError"}),
-    (Reason.REFUSED, {"AutoReconnect"}),
+    (Reason.REFUSED, {"AutoReconnect", "OSError"}),
 )
 """What an error, a parent of its class or one of its causes is called, and what that means; the first that fits counts."""
 

@@ -1,4 +1,4 @@
-"""The subscription: always drained, gone before it is a burden, back by itself; over real sockets, with a stand-in daemon."""
+"""The subscription: always drained, gone before it is a burden, back by itself; on real sockets, with a stand-in daemon."""
 
 import asyncio
 import json
