@@ -24,6 +24,7 @@ class Kind(Enum):
 
     GAUGE = "gauge"
     COUNTER = "counter"
+    SUMMARY = "summary"
     UNTYPED = "untyped"
 
 
@@ -37,9 +38,11 @@ class Desc(msgspec.Struct, frozen=True):
     source: str = ""
 
     def __post_init__(self) -> None:
-        """Hold the naming rule that OpenMetrics enforces: counters, and only they, end in _total."""
+        """Hold the rules that OpenMetrics enforces: _total is for counters only, `quantile` for summaries only."""
         if (self.kind is Kind.COUNTER) != self.name.endswith("_total"):
             raise ValueError(f"{self.name}: counters, and only they, end in _total")
+        if (self.kind is Kind.SUMMARY) != ("quantile" in self.labels):
+            raise ValueError(f"{self.name}: summaries, and only they, have the label quantile")
 
 
 def gauge(name: str, help: str, labels: tuple[str, ...] = (), *, source: str = "") -> Desc:  # noqa: A002 -- the field's word
@@ -50,6 +53,11 @@ def gauge(name: str, help: str, labels: tuple[str, ...] = (), *, source: str = "
 def counter(name: str, help: str, labels: tuple[str, ...] = (), *, source: str = "") -> Desc:  # noqa: A002 -- the same
     """Describe a value that only grows, until its source starts anew."""
     return Desc(name, Kind.COUNTER, help, labels, source)
+
+
+def summary(name: str, help: str, labels: tuple[str, ...], *, source: str = "") -> Desc:  # noqa: A002 -- the same
+    """Describe quantiles that the source itself computed; one of the labels is `quantile`. It has neither sum nor count."""
+    return Desc(name, Kind.SUMMARY, help, labels, source)
 
 
 def untyped(name: str, help: str, labels: tuple[str, ...] = (), *, source: str = "") -> Desc:  # noqa: A002 -- the same

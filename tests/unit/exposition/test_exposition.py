@@ -20,6 +20,7 @@ from exporter.exposition import (
     negotiate,
     render,
     single,
+    summary,
     untyped,
 )
 
@@ -110,6 +111,17 @@ def test_kind_and_name_agree() -> None:
         Desc("seen", Kind.COUNTER, "x")
     with pytest.raises(ValueError, match="counters, and only they"):
         Desc("seen_total", Kind.GAUGE, "x")
+    with pytest.raises(ValueError, match="summaries, and only they"):
+        Desc("lag_seconds", Kind.GAUGE, "x", ("quantile",))
+
+
+def test_summary_of_quantiles_alone() -> None:
+    """Quantiles that a source computed are a summary in both formats, without sum and count."""
+    lag = summary("lag_seconds", "Lag.", ("name", "quantile"))
+    metric = Metric(lag, [(("a", "0.5"), 0.1), (("a", "0.95"), 0.2)])
+    for to, parse in [(Format.TEXT, parse_text), (Format.OPENMETRICS, parse_openmetrics)]:
+        (family,) = parse(render([metric], to, account=None).decode())
+        assert (family.type, [sample.value for sample in family.samples]) == ("summary", [0.1, 0.2])
 
 
 PROMETHEUS_2 = (
