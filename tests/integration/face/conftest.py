@@ -29,7 +29,7 @@ class Page:
                 assert key not in self.series, f"the series {key} appears twice"
                 self.series[key] = sample.value
 
-    def value(self, name: str, **labels: str) -> float | None:
+    def value(self, name: str, /, **labels: str) -> float | None:
         """Return the value of the one series of that name whose labels include `labels`; None where there is none."""
         found = [
             value for (series, own), value in self.series.items() if series == name and labels.items() <= dict(own).items()
