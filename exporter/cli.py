@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         type=_count,
         default=40,
-        help="scrapes answered at the same time; 0 means no limit (default 40)",
+        help="scrapes and probes answered at the same time; 0 means no limit (default 40)",
     )
     add(
         "--web.disable-exporter-metrics",

@@ -51,7 +51,7 @@ REQUESTS = counter(
 )
 IN_FLIGHT = gauge(
     "pm2_exporter_requests_in_flight",
-    "Requests being answered on the telemetry path, this one included.",
+    "Scrapes and probes being answered, this one included.",
     source="the exporter itself",
 )
 DESCS = (SUCCESS, DURATION, BUILD_INFO, RELOADED, RELOADED_AT, REQUESTS, IN_FLIGHT)
@@ -65,7 +65,7 @@ class Settings:
 
     telemetry_path: str = "/metrics"
     max_requests: int = 40
-    """Requests on the telemetry path at the same time; 0 means no limit."""
+    """Scrapes and probes answered at the same time; 0 means no limit."""
     exporter_metrics: bool = True
     """Whether process_*, python_* and the request counters are served too."""
     collectors: dict[str, bool] | None = None
@@ -206,17 +206,24 @@ class Exporter:
         return app
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        limit = self._settings.max_requests
-        if limit and self._in_flight >= limit:
-            response = web.Response(status=503, text=f"Limit of concurrent requests reached ({limit}), try again later.\n")
-        else:
-            self._in_flight += 1
-            try:
-                response = await self._answer(request)
-            finally:
-                self._in_flight -= 1
+        response = await self._limited(request, self._answer)
         self._requests[response.status] = self._requests.get(response.status, 0) + 1
         return response
+
+    async def _probe(self, request: web.Request) -> web.Response:
+        return await self._limited(request, self._answer_probe)
+
+    async def _limited(
+        self, request: web.Request, answer: Callable[[web.Request], Awaitable[web.Response]]
+    ) -> web.Response:
+        limit = self._settings.max_requests
+        if limit and self._in_flight >= limit:
+            return web.Response(status=503, text=f"Limit of concurrent requests reached ({limit}), try again later.\n")
+        self._in_flight += 1
+        try:
+            return await answer(request)
+        finally:
+            self._in_flight -= 1
 
     async def _answer(self, request: web.Request) -> web.Response:
         try:
@@ -227,7 +234,7 @@ class Exporter:
         within = budget(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds"))
         return _respond(request, await self.page(names, within, to), to)
 
-    async def _probe(self, request: web.Request) -> web.Response:
+    async def _answer_probe(self, request: web.Request) -> web.Response:
         within = budget(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds"), otherwise=120.0)
         to = negotiate(request.headers.get(hdrs.ACCEPT, ""))
         return _respond(request, *await http.answer_probe(self.config.http, request.query, within, to))

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import time
@@ -124,10 +125,10 @@ class PM2:
         return found
 
     def kill(self) -> None:
-        """End the daemon with SIGKILL, as a crash would; return once it is gone."""
+        """End the daemon with SIGKILL, as a crash would; return once nobody listens on its socket."""
         pid = self.pid
         os.kill(pid, signal.SIGKILL)
-        self.until(lambda: not _alive(pid))
+        self.until(lambda: not _alive(pid) and not _listens(self.socket))
 
     def until(self, condition: Callable[[], T], *, within: float = 15) -> T:
         """Poll until `condition` is true or `within` seconds have passed; return what it returned."""
@@ -167,6 +168,11 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 def install(version: int) -> Path:

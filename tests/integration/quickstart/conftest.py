@@ -18,11 +18,15 @@ class Clone:
     """One clone of this repository and a home, and what quickstart does there."""
 
     def __init__(self, folder: Path, home: Path) -> None:
-        """Clone into `folder`; return before anything was run."""
+        """Make `folder` what a clone would be were the working tree committed; return before anything was run."""
         self.folder, self.home = folder, home
         self.home.mkdir(exist_ok=True)
-        git = ["git", "-c", "safe.directory=*", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)]
-        subprocess.run(git, check=True, timeout=60)  # noqa: S603 -- nothing foreign in it
+        git = ["git", "-c", "safe.directory=*", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        listed = subprocess.run(git, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60).stdout  # noqa: S603 -- git
+        for name in filter(None, listed.split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, folder / name)
         self.state = folder / ".state" / "quickstart"
         self.mark = f"PM2_SELFHEAL_QUICKSTART={self.state}".encode()
 

@@ -80,7 +80,7 @@ def test_a_pm2_without_apps_means_the_example(clone: Clone, pm2_daemon: "PM2", s
     """A daemon without apps, or only the socket of one that crashed, is left as it is; the example is shown, and why."""
     if state == "killed":
         pm2_daemon.kill()
-        assert pm2_daemon.socket.exists()
+        assert (pm2_daemon.home / "rpc.sock").exists()
     before = set(pm2_daemon.processes())
     said = clone.run(environ={"PM2_HOME": str(pm2_daemon.home)})
     assert ("has no apps" if state == "no apps" else "does not answer") in said

@@ -137,8 +137,10 @@ def test_what_was_not_said_is_not_shown() -> None:
     """A process that PM2 says nothing about is there, without a single made-up figure."""
     lines = starting(page(listed(Process(name="a", pm_id=0))), "pm2_process_")
     assert [line for line in lines if "status" not in line] == [
-        'pm2_process_info{name="a",pm_id="0",namespace="default",exec_mode="",version="",interpreter="",node_version="",'
-        'user=""} 1',
+        (
+            'pm2_process_info{name="a",pm_id="0",namespace="default",exec_mode="",version="",interpreter="",node_version="",'
+            'user=""} 1'
+        ),
         'pm2_process_module{name="a",pm_id="0"} 0',
     ]
 
@@ -282,8 +284,8 @@ async def test_a_hanging_disk_cannot_hang_a_scrape(tmp_path: Path) -> None:
     finally:
         back.set()
     async with asyncio.timeout(10):
-        while len(await files.look(paths, 5)) < 2:
-            pass
+        while len(await files.look(paths, 5)) < 2:  # noqa: ASYNC110 -- nothing tells when the disk is back
+            await asyncio.sleep(0.01)
 
 
 def test_the_catalogue_is_complete() -> None:
