@@ -91,7 +91,7 @@ class EventsOptions(Strict, frozen=True, kw_only=True):
     max_lag: Duration = default(Duration(5))
     """How long reading may be held up before the exporter hangs up, so that the daemon need not buffer. Default 5s."""
     min_backoff: Duration = default(Duration(0.1))
-    """The first pause before connecting again; doubled with every failure. Default 100ms."""
+    """The first pause before connecting again; doubled with every failure. Default 0.1s."""
     max_backoff: Duration = default(Duration(5))
     """The longest pause before connecting again. Default 5s."""
 
