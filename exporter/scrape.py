@@ -17,8 +17,9 @@ OFFSET = 0.5
 class Collector(Protocol):
     """One source of metrics; what it reads is its own affair.
 
-    A collector may also have `async def run(self) -> None`: background work for its whole life, cancelled at the end. Two
-    scrapes may overlap, so `read` may be entered again before it has returned.
+    A collector may also have `async def run(self) -> None`, background work for its whole life, cancelled at the end, and
+    `async def close(self) -> None`, called after that. Two scrapes may overlap, so `read` may be entered again before it
+    has returned.
     """
 
     descs: tuple[Desc, ...]

@@ -155,6 +155,8 @@ class Exporter:
             running.task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running.task
+        if close := getattr(running.collector, "close", None):
+            await close()
 
     @property
     def collectors(self) -> dict[str, Collector]:
