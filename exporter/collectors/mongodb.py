@@ -4,7 +4,6 @@ Sources: a ping through pymongo, then the commands hello, buildInfo and serverSt
 may not ask for serverStatus is still told whether MongoDB is up.
 """
 
-import asyncio
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -82,13 +81,6 @@ class MongodbCollector:
     def __init__(self, options: MongodbOptions) -> None:
         """Look at the MongoDB of these options; at none where they name none."""
         self._mongo = None if options.uri is None else Mongo(options.uri, options.timeout)
-
-    async def run(self) -> None:
-        """Do nothing until cancelled; then close what was opened."""
-        try:
-            await asyncio.Event().wait()
-        finally:
-            await self.close()
 
     async def close(self) -> None:
         """Close the client."""
