@@ -17,7 +17,7 @@ import pytest
 import requests
 
 if TYPE_CHECKING:
-    from tests.integration.conftest import PM2
+    from tests.integration.conftest import PM2, Mongod
     from tests.integration.face.conftest import Exporter, Page, Start
 
 IDLE = "setInterval(() => {}, 1000)"
@@ -153,6 +153,30 @@ def test_probe_target_hangs(start: "Start") -> None:
         page = exporter.scrape(timeout=TIMEOUT)
         assert page.value("probe_success", target=hung) == 0
         assert page.value("probe_success", target=good) == 1
+
+
+async def test_mongodb_pulled_away(start: "Start", mongod: "Mongod") -> None:
+    """A MongoDB that is frozen or killed is down with its reason, in time, and is up again by itself."""
+    exporter = start(f"mongodb: {{uri: '{mongod.uri}'}}")
+
+    def why() -> str:
+        page = exporter.scrape(timeout=TIMEOUT)
+        assert page.value("node_load1") is not None
+        reasons = [
+            label["reason"] for label in page.labels("mongodb_down_reason") if page.value("mongodb_down_reason", **label)
+        ]
+        assert bool(reasons) == (page.value("mongodb_up") == 0)
+        return "".join(reasons)
+
+    exporter.until(lambda: why() == "")
+    mongod.signal(signal.SIGSTOP)
+    assert why() == "timeout"
+    mongod.signal(signal.SIGCONT)
+    exporter.until(lambda: why() == "")
+    mongod.kill()
+    assert why() == "refused"
+    mongod.start()
+    exporter.until(lambda: why() == "")
 
 
 def test_directory_vanishes(start: "Start", tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from exporter.grammar import Secret
 from exporter.mongo import Mongo
 
 if TYPE_CHECKING:
-    from tests.integration.mongodb.conftest import Look, Mongod
+    from tests.integration.conftest import Mongod
+    from tests.integration.mongodb.conftest import Look
 
 Looks = Callable[..., "Look"]
 Servers = Callable[..., "Mongod"]
