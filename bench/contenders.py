@@ -14,10 +14,13 @@ import msgspec
 import psutil
 
 from bench import findings
-from bench.estate import NODE_MODULES, PROBED, ROOT, Estate, clean_env, free_port, running, which
+from bench.estate import NODE_MODULES, PROBED, ROOT, TOOLS, Estate, clean_env, free_port, running, which
 from bench.measure import ScrapeFailed, page
 
-EXPORTER = ROOT / ".venv" / "bin" / "pm2-exporter"
+EXPORTER_VENV = TOOLS / "venv" if (TOOLS / "venv" / ".complete").exists() else ROOT / ".venv"
+"""As a user installs it, once script/bench has made that; else with the development tools."""
+
+EXPORTER = EXPORTER_VENV / "bin" / "pm2-exporter"
 
 EVERY_NODE_PROCESS = """\
 process_names:

@@ -76,6 +76,9 @@ QUICK_SETTINGS = Settings(
     settle_seconds=2,
 )
 
+QUIET_LOAD = 0.3
+"""Load average above which a machine is called busy."""
+
 BEGAN = time.monotonic()
 
 
@@ -283,7 +286,10 @@ def _first_line(*argv: str) -> str:
 
 def run(settings: Settings) -> findings.Run:
     """Run the whole comparison."""
-    about = machine(os.getloadavg()[0])
+    load = os.getloadavg()[0]
+    if load > QUIET_LOAD:
+        say(f"load average {load:.2f}: this machine is busy with something else, and every figure will suffer")
+    about = machine(load)
     with estate() as on:
         rounds = tuple(compare(on, apps, settings) for apps in settings.sizes)
         say("taking everything down")

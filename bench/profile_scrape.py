@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.contenders import CONTENDERS, Contender, Running, lacks, started
+from bench.contenders import CONTENDERS, EXPORTER_VENV, Contender, Running, lacks, started
 from bench.estate import HERE, ROOT, Estate, estate, exit_on_signals, wait_for
 from bench.findings import OURS, quantile, values
 from bench.measure import Scraper, cpu_seconds, memory_mib, paced, page
@@ -45,7 +45,7 @@ def profiled(how: str, on: Estate) -> Iterator[tuple[Running, Path]]:
 
     def command(on: Estate, port: int) -> tuple[list[str], Mapping[str, str]]:
         argv, env = plain.command(on, port)
-        return [sys.executable, str(HERE / "profiled.py"), how, str(to), *argv[1:]], env
+        return [str(EXPORTER_VENV / "bin" / "python"), str(HERE / "profiled.py"), how, str(to), *argv[1:]], env
 
     with started(dataclasses.replace(plain, command=command), on) as one:
         yield one, to
