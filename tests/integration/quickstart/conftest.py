@@ -4,7 +4,8 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -75,6 +76,15 @@ class Clone:
         with requests.Session() as session:
             session.trust_env = False
             return session.get(found[1], timeout=20).text
+
+
+def until(condition: Callable[[], object], *, within: float = 60) -> None:
+    """Poll until `condition` is true or `within` seconds have passed."""
+    deadline = time.monotonic() + within
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {within} s")
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

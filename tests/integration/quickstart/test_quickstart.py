@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.integration.quickstart.conftest import Clone
+from tests.integration.quickstart.conftest import Clone, until
 
 if TYPE_CHECKING:
     from tests.integration.conftest import PM2
@@ -190,6 +190,18 @@ def test_a_failed_start_leaves_nothing_behind(clone: Clone) -> None:
     finally:
         source.write_text(text)
     assert "broken on purpose" in said
+    assert clone.processes() == set()
+    clone.run("--status", code=3)
+
+
+def test_an_interrupted_start_leaves_nothing_behind(clone: Clone) -> None:
+    """Ended half-way, it takes back what it has started."""
+    command = [str(clone.folder / "script" / "quickstart")]
+    with subprocess.Popen(command, env=clone.environ, stdout=subprocess.PIPE, text=True) as run:  # noqa: S603 -- the clone's own
+        assert run.stdout
+        until(lambda: clone.processes() - {run.pid})  # PM2's command or daemon
+        run.terminate()
+        assert run.wait(60) == 130
     assert clone.processes() == set()
     clone.run("--status", code=3)
 
