@@ -223,6 +223,8 @@ class PM2Options(Strict, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Hold the rules that a command cannot start a daemon and that numbers make sense."""
+        if "\0" in self.home:
+            raise ValueError("home must not hold a null character")
         if self.command:
             check(self.command)
         if self.timeout <= 0:

@@ -3,11 +3,12 @@
 The exporter never imports this module. A malformed call ends the daemon, which then restarts every app, so every argument's
 type is checked before anything is sent.
 
-Source: PM2's lib/God/ActionMethods.js, lib/God/Reload.js and lib/God.js; what ends the daemon was tried on PM2 7.0.4.
+Source: PM2's lib/God/ActionMethods.js, lib/God/Reload.js and lib/God.js; what ends the daemon was tried on PM2 7, 6, 5 and 4.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from exporter.pm2.process import decode_result
 from exporter.pm2.rpc import MAX_REPLY, Door, Method, call, read
@@ -92,7 +93,7 @@ def _pm_id(value: int) -> int:
     return value
 
 
-_DUMPED_TEXTS = ("name", "exec_mode", "pm_exec_path", "pm_cwd", "pm_pid_path", "pm_out_log_path", "pm_err_log_path")
+_TEXTS = ("name", "exec_mode", "pm_exec_path", "pm_cwd", "pm_pid_path", "pm_out_log_path", "pm_err_log_path")
 
 
 def _dumped(app: Mapping[str, object]) -> dict[str, object]:
@@ -103,18 +104,67 @@ def _dumped(app: Mapping[str, object]) -> dict[str, object]:
     env = found.get("env")
     if not isinstance(env, dict):
         raise TypeError("env is a mapping")
-    for field in _DUMPED_TEXTS:
-        # PM2 lays the environment over the other fields.
-        for value in (found.get(field), env.get(field, "unset")):
-            if not isinstance(value, str):
-                raise TypeError(f"{field} is text, not {type(value).__name__}")
-            if not value or "\0" in value:
-                raise ValueError(f"{field} is empty or holds a null character")
-    if found["exec_mode"] not in ("fork_mode", "cluster_mode"):
-        raise ValueError("exec_mode is fork_mode or cluster_mode")
-    if "pm_id" in found:
-        raise ValueError("an app that is to be started anew has no pm_id yet")
+    if "instances" in found:
+        raise ValueError("an entry of a dump is one instance, and does not say how many there are")
+    for field in _TEXTS:
+        _text(field, found.get(field))
+    # PM2 lays the environment over the other fields.
+    for fields in (found, env):
+        if "pm_id" in fields:
+            raise ValueError("an app that is to be started anew has no pm_id yet")
+        for field in (*_TEXTS, "pm_log_path", "exec_interpreter"):
+            if field in fields:
+                _text(field, fields[field])
+        if fields.get("exec_mode", "fork_mode") not in ("fork_mode", "cluster_mode"):
+            raise ValueError("exec_mode is fork_mode or cluster_mode")
+        _watch(fields.get("watch", False))
+        _cron(fields.get("cron_restart"))
     return found
+
+
+def _text(field: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{field} is text, not {type(value).__name__}")
+    if not value or "\0" in value:
+        raise ValueError(f"{field} is empty or holds a null character")
+
+
+def _watch(value: object) -> None:
+    paths = value if isinstance(value, list) else [value]
+    if not all(isinstance(path, bool | str) for path in paths):
+        raise TypeError("watch is true, false, a path or a list of paths")
+
+
+# PM2 4 counts months from 0 and has no day 7: only what every version takes, so December is refused.
+_CRON_RANGES = ((0, 59), (0, 59), (0, 23), (1, 31), (1, 11), (0, 6))
+_CRON_ITEM = re.compile(r"(\*|\d{1,2}-\d{1,2})(?:/(\d{1,2}))?|(\d{1,2})", re.ASCII)
+_CRON_NAME = re.compile(r"\b[a-z]{3}\b")
+_MONTHS = ("", "jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov")
+_DAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
+
+
+def _cron(pattern: object) -> None:
+    """Check a cron pattern: five or six fields of numbers, names, ranges, lists and steps; PM2 survives no wrong one."""
+    if pattern in (None, False, 0, "", "0"):
+        return
+    if not isinstance(pattern, str):
+        raise TypeError(f"cron_restart is text, not {type(pattern).__name__}")
+    fields = pattern.lower().split()
+    if len(fields) not in (len(_CRON_RANGES) - 1, len(_CRON_RANGES)):
+        raise ValueError("cron_restart has five or six fields")
+    fields[-2:] = [_numbered(fields[-2], _MONTHS), _numbered(fields[-1], _DAYS)]
+    for field, (low, high) in zip(reversed(fields), reversed(_CRON_RANGES), strict=False):
+        for item in field.split(","):
+            match = _CRON_ITEM.fullmatch(item)
+            if not match or not 1 <= int(match[2] or 1) <= high - low:
+                raise ValueError("cron_restart is not a pattern that is surely understood")
+            numbers = [int(number) for number in (match[3] or match[1]).split("-") if number != "*"]
+            if numbers != sorted(numbers) or not all(low <= number <= high for number in numbers):
+                raise ValueError("cron_restart has a number out of its range")
+
+
+def _numbered(field: str, names: Sequence[str]) -> str:
+    return _CRON_NAME.sub(lambda match: str(names.index(match[0])) if match[0] in names else match[0], field)
 
 
 _DEPTH_MAX = 32

@@ -255,6 +255,34 @@ async def test_a_dumped_app_comes_back(pm2_daemon: "PM2") -> None:
     assert (await Reader(pm2.home).ping(5)).pid == daemon
 
 
+@ALL
+async def test_no_entry_that_is_sent_ends_the_daemon(pm2_daemon: "PM2") -> None:
+    """Whatever passes the checks, odd as it may be, PM2 starts or refuses, and lives on."""
+    pm2 = pm2_daemon
+    pm2.start({"name": "web", "source": IDLE})
+    pm2.run("save")
+    (entry,) = json.loads((pm2.home / "dump.pm2").read_text())
+    actor, daemon = Actor(pm2.home), pm2.pid
+    patterns = ("0 3 * * MON-FRI", "*/5 0-6/2 1,15 jan,nov 6", "30 0 0 1 1 *", "59 23 31 11 0", "*/59 */23 */30 */10 */6")
+    odd = [
+        *({"cron_restart": pattern} for pattern in patterns),
+        *({"watch": value} for value in (True, "src", ["src", "/nowhere"])),
+        *({"uid": value} for value in ("nosuch", {}, -1)),
+        {"exec_interpreter": "/nowhere"},
+        *({"env": {**entry["env"], "ODD": value}} for value in (None, {}, "nul\0l")),
+        *({"args": value} for value in (5, {}, [{}])),
+        {"pm_log_path": "/nowhere/x.log"},
+        {"pm_exec_path": "/nowhere.js"},
+        {"pm_cwd": "/nowhere"},
+        {"stop_exit_codes": 5},
+        {"kill_timeout": {}},
+    ]
+    for number, fields in enumerate(odd):
+        with contextlib.suppress(CallError):
+            await actor.prepare({**entry, "name": f"odd-{number}", **fields}, within=10)
+        assert (await Reader(pm2.home).ping(5)).pid == daemon, fields
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_a_command_lists_and_never_starts_a_daemon(pm2_factory: "Callable[..., PM2]", version: int) -> None:
     """`pm2 jlist` gives the same list as the socket; where no daemon runs, or one crashed, it says so and starts none."""

@@ -27,8 +27,11 @@ DUMPED: dict[str, object] = {
     "pm_out_log_path": "/home/x/.pm2/logs/web-out.log",
     "pm_err_log_path": "/home/x/.pm2/logs/web-error.log",
     "env": {"PATH": "/usr/bin"},
-    "instances": 2,
+    "watch": False,
+    "restart_time": 2,
 }
+TEXTS = ("name", "exec_mode", "pm_exec_path", "pm_cwd", "pm_pid_path", "pm_out_log_path", "pm_err_log_path")
+LETHAL = ("pm_id", "instances", "cron_restart", "pm_log_path", "exec_interpreter")
 FORBIDDEN = {"killMe", "notifyKillPM2", "profileCPU", "profileMEM", "sendSignalToProcessId", "sendSignalToProcessName"}
 
 
@@ -52,8 +55,14 @@ def is_dumped(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("env"), dict):
         return False
     merged = {**value, **value["env"]}
-    return all(
-        isinstance(merged.get(field), str) and merged[field] for field in DUMPED if field not in ("env", "instances")
+    watched = merged.get("watch", False)
+    return (
+        all(isinstance(merged.get(field), str) and merged[field] for field in TEXTS)
+        and all(isinstance(merged.get(field, "unset"), str) for field in ("pm_log_path", "exec_interpreter"))
+        and all(isinstance(path, bool | str) for path in (watched if isinstance(watched, list) else [watched]))
+        and isinstance(merged.get("cron_restart") or "", str)
+        and not {"pm_id"} & set(merged)
+        and "instances" not in value
     )
 
 
@@ -117,9 +126,10 @@ anything: st.SearchStrategy[Any] = st.recursive(
 likely = st.integers(-2, 5) | st.sampled_from(["all", "0", "web", "/re/", "restart", True, 2**31, 1.0]) | anything
 dumped = st.builds(
     lambda changed, without, env: {key: value for key, value in {**DUMPED, **changed, **env}.items() if key not in without},
-    st.dictionaries(st.sampled_from([*DUMPED, "pm_id"]) | st.text(max_size=4), anything, max_size=3),
+    st.dictionaries(st.sampled_from([*DUMPED, *LETHAL]) | st.text(max_size=4), anything, max_size=3),
     st.sets(st.sampled_from(list(DUMPED)), max_size=1),
-    st.just({}) | st.fixed_dictionaries({"env": st.dictionaries(st.sampled_from(list(DUMPED)), anything, max_size=2)}),
+    st.just({})
+    | st.fixed_dictionaries({"env": st.dictionaries(st.sampled_from([*DUMPED, *LETHAL]), anything, max_size=2)}),
 )
 PUBLIC = {
     (kind, name)
@@ -200,6 +210,43 @@ async def test_a_dumped_app_has_what_pm2_needs(tmp_path: Path, field: str, value
     for app in ({**DUMPED, field: value}, {**DUMPED, "env": {**env, field: value}}):
         with pytest.raises((TypeError, ValueError), match=field):
             await Actor(tmp_path).prepare(app, within=1)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["garbage", "* * * *", "* * * * * * *", "60 * * * *", "* 24 * * *", "* * 0 * *", "* * * 12 *", "* * * dec *",
+     "* * * * 7", "5-1 * * * *", "*/0 * * * *", "*/99 * * * *", "5/15 * * * *", "1,,2 * * * *", "-1 * * * *", "* * * foo *",
+     "* * * * sunmon", "* * * * 1mon", "* * * * fri-mon", "mon * * * *", "* * L * *", "@daily", 5, True, {"a": 1}, [],
+     "\u0661 * * * *"],
+)  # fmt: skip
+async def test_a_cron_pattern_is_one(tmp_path: Path, pattern: object) -> None:
+    """A pattern that PM2 may not understand is refused, in the entry itself and in its environment."""
+    for app in ({**DUMPED, "cron_restart": pattern}, {**DUMPED, "env": {"cron_restart": pattern}}):
+        with pytest.raises((TypeError, ValueError), match="cron_restart"):
+            await Actor(tmp_path).prepare(app, within=1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"pm_id": 3}, {"env": {"pm_id": "3"}}, {"instances": 2}, {"instances": "max"}, {"watch": 5}, {"watch": {}},
+     {"watch": ["a", 5]}],
+)  # fmt: skip
+async def test_what_no_dump_holds_is_refused(tmp_path: Path, extra: Mapping[str, object]) -> None:
+    """An id would replace another process, a count or a watch of the wrong type would end the daemon."""
+    with pytest.raises((TypeError, ValueError)):
+        await Actor(tmp_path).prepare({**DUMPED, **extra}, within=1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"cron_restart": "0 3 * * MON-FRI"}, {"cron_restart": "*/5 0-6/2 1,15 jan,nov 6"}, {"cron_restart": "30 0 0 1 1 *"},
+     {"cron_restart": ""}, {"cron_restart": None}, {"watch": True}, {"watch": ["src", "lib"]}, {"pm_log_path": "/l"}],
+)  # fmt: skip
+async def test_what_a_dump_may_hold_is_sent(tmp_path: Path, extra: Mapping[str, object]) -> None:
+    """A sound entry goes as far as the socket, which is not there."""
+    with pytest.raises(PM2Error) as caught:
+        await Actor(tmp_path).prepare({**DUMPED, **extra}, within=1)
+    assert caught.value.reason is Reason.NO_SOCKET
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, b"bytes", object(), "\ud83d", {1: 2}])
