@@ -73,6 +73,13 @@ STATUS = gauge(
     (*_APP, "status"),
     source="PM2 pm2_env.status",
 )
+GIVEN_UP = gauge(
+    "pm2_process_given_up",
+    "Whether PM2 has given up on the process (1): it died max_restarts times in a row and will not be started again. It is "
+    'errored or, beside a restart delay, "waiting restart" for good.',
+    _APP,
+    source="PM2 pm2_env.status, created_at",
+)
 RESTARTS = counter(
     "pm2_process_restarts_total",
     "Restarts of every kind, those by hand too, since the process was added or `pm2 reset`.",
@@ -177,8 +184,22 @@ DESIRED = gauge(
     source="configuration, pm2.apps.NAME.instances",
 )
 DESCS: tuple[Desc, ...] = (
-    *(UP, DOWN_REASON, DAEMON_INFO, DAEMON_START, PROCESSES, UNDECODABLE, INFO, MODULE, STATUS, RESTARTS, UNSTABLE, START),
-    *(CREATED, CPU, MAX_MEMORY, LATENCY, HEAP_USED, HEAP_TOTAL, HANDLES, REQUESTS, HTTP_RATE, HTTP_LATENCY, CUSTOM),
+    *(UP, DOWN_REASON, DAEMON_INFO, DAEMON_START, PROCESSES, UNDECODABLE, INFO, MODULE, STATUS, GIVEN_UP, RESTARTS),
+    *(
+        UNSTABLE,
+        START,
+        CREATED,
+        CPU,
+        MAX_MEMORY,
+        LATENCY,
+        HEAP_USED,
+        HEAP_TOTAL,
+        HANDLES,
+        REQUESTS,
+        HTTP_RATE,
+        HTTP_LATENCY,
+        CUSTOM,
+    ),
     *(CUSTOM_DROPPED, LOG_BYTES, DUMP, EXPECTED, DESIRED),
 )
 
@@ -336,6 +357,7 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
     info: list[Row] = []
     module: list[Row] = []
     status: list[Row] = []
+    given_up: list[Row] = []
     restarts: list[Row] = []
     unstable: list[Row] = []
     started: list[Row] = []
@@ -358,6 +380,7 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
         status += [((*app, state), int(state == now)) for state in Status]
         if now not in _STATUSES:
             status.append(((*app, now), 1))
+        given_up.append((app, int(process.is_given_up)))
         restarts.append((app, process.restart_time))
         unstable.append((app, process.unstable_restarts))
         started.append((app, process.started_at if process.is_running else None))
@@ -367,6 +390,7 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
     yield Metric(INFO, info)
     yield Metric(MODULE, module)
     yield Metric(STATUS, status)
+    yield Metric(GIVEN_UP, given_up)
     yield Metric(RESTARTS, restarts)
     yield Metric(UNSTABLE, unstable)
     yield Metric(START, started)

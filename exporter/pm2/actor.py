@@ -3,7 +3,7 @@
 The exporter never imports this module. A malformed call ends the daemon, which then restarts every app, so every argument's
 type is checked before anything is sent.
 
-Source: PM2's lib/God/ActionMethods.js, lib/God/Reload.js and lib/God.js; what ends the daemon was tried on PM2 7, 6, 5 and 4.
+Source: PM2's lib/God/ActionMethods.js, lib/God/Reload.js and lib/God.js; what ends the daemon was tried on PM2 7 to 4.
 """
 
 import os

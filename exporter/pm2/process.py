@@ -90,6 +90,15 @@ class Process(msgspec.Struct, frozen=True, kw_only=True):
         """Whether it has a process of the operating system."""
         return self.pid > 0
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether PM2 has given up on it: it died max_restarts times in a row, and PM2 will not start it again by itself.
+
+        Beside restart_delay or exp_backoff_restart_delay PM2 then says "waiting restart" for good instead of errored; what
+        tells is that it forgets when the process was added (God.js handleExit).
+        """
+        return self.status == Status.ERRORED or (self.status == Status.WAITING_RESTART and self.created_at is None)
+
 
 class Daemon(msgspec.Struct, frozen=True, kw_only=True):
     """What PM2's daemon (God) says of itself; its environment is never kept."""

@@ -1,7 +1,7 @@
 """Real PM2 daemons and MongoDB servers for the tests: each in a home of its own, and gone at the end whatever happens.
 
 `pm2_install(7)` is the path of that major version's command; `pm2_daemon` is a running daemon (of PM2 7, or of the version
-given by indirect parametrisation); `pm2_factory` makes further ones. `mongod` and `mongod_factory` likewise. For annotations:
+given by indirect parametrisation); `pm2_factory` makes further ones. `mongod` and `mongod_factory` likewise. To annotate:
 `if TYPE_CHECKING: from tests.integration.conftest import PM2`.
 """
 

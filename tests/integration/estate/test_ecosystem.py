@@ -1,5 +1,6 @@
 """The ecosystem file under a real PM2: each setting does what its comment says."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 
+from exporter.pm2.client import Reader
 from tests.integration.estate.conftest import free_ports
 
 if TYPE_CHECKING:
@@ -124,6 +126,8 @@ def test_what_cannot_start_is_given_up(estate: Callable[..., Estate]) -> None:
     assert given_up["pm2_env"]["restart_time"] == 9
     assert given_up["pm2_env"]["prev_restart_delay"] > 5000
     assert given_up["pid"] == 0
+    listing = asyncio.run(Reader(running.pm2.home).listing(5))
+    assert {process.name: process.is_given_up for process in listing.processes}[BACKEND]
 
 
 def test_it_scales_and_reloads_without_a_gap(estate: Callable[..., Estate]) -> None:

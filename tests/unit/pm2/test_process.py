@@ -54,6 +54,22 @@ def test_captured_replies_make_their_page(folder: Path) -> None:
     assert page == (folder / "metrics.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("status", "created_at", "given_up"),
+    [
+        ("errored", None, True),
+        ("errored", 1, True),
+        ("waiting restart", None, True),
+        ("waiting restart", 1, False),
+        ("online", None, False),
+        ("stopped", None, False),
+    ],
+)
+def test_given_up_whatever_the_status_says(status: str, created_at: int | None, given_up: bool) -> None:  # noqa: FBT001 -- a column
+    """An app that PM2 will not start again is told from one that waits for its next start."""
+    assert one(status=status, created_at=created_at).is_given_up is given_up
+
+
 @pytest.mark.parametrize("folder", CAPTURED, ids=lambda path: path.name)
 def test_environments_are_never_kept(folder: Path) -> None:
     """No variable of an app's or the daemon's environment survives the decoding."""
