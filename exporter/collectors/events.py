@@ -201,7 +201,7 @@ class EventsCollector:
         record = self._attribution.step(topic, payload)
         if record is not None:
             self._tally.add(record)
-        return self._attribution.at
+        return self._attribution.said_at
 
     async def run(self) -> None:
         """Listen, until cancelled."""

@@ -124,7 +124,7 @@ class Attribution:
     been missed.
     """
 
-    __slots__ = ("_ended", "_last_exit", "_marks", "_speaks", "at", "malformed")
+    __slots__ = ("_ended", "_last_exit", "_marks", "_speaks", "at", "malformed", "said_at")
 
     def __init__(self) -> None:
         """Know nothing yet."""
@@ -132,6 +132,8 @@ class Attribution:
         """Messages of a wanted topic that could not be read."""
         self.at = 0.0
         """When the latest message that said so was sent, in Unix seconds by the daemon's clock."""
+        self.said_at = 0.0
+        """The same of the last message alone; 0 where it does not say."""
         self._ended: dict[tuple[str, float], float] = {}
         """(pm_id, beginning) of a run that has ended -> when."""
         self._marks: dict[tuple[str, str], float] = {}
@@ -147,14 +149,15 @@ class Attribution:
 
     def step(self, topic: str, payload: bytes) -> Record | None:
         """Return what the message means; None where it means nothing new."""
-        message = _decode(payload) if topic in WANTED else None
+        message = _decode(topic, payload)
+        self.said_at = (message and _seconds(message.at)) or 0.0
         if message is None:
             self.malformed += topic in WANTED
             return None
-        self.at = _seconds(message.at) or self.at
+        self.at = self.said_at or self.at
         if topic == KILL:
             return DaemonKilled() if message.status == "killed" else None
-        if topic == DAEMON_LOG:
+        if isinstance(message, _LogLine):
             self._log(message)
             return None
         name, pm_id = _text(message.process.name), _text(message.process.pm_id)
@@ -175,7 +178,7 @@ class Attribution:
                 return Command(name, pm_id, action[:64], self.at)
         return None
 
-    def _log(self, message: "_Message") -> None:
+    def _log(self, message: "_LogLine") -> None:
         # An app that sends this topic itself is named as its sender, with a number for an id.
         if message.process.pm_id != "PM2" or not isinstance(message.data, str):
             return
@@ -265,21 +268,29 @@ class _Message(msgspec.Struct):
     event: Any = None
     manually: Any = None
     at: Any = None
-    data: Any = None
     status: Any = None
 
 
-_MESSAGE = msgspec.json.Decoder(_Message)
+class _LogLine(_Message):
+    """The one message whose data is used: an exception's is of any size, and the app's own."""
+
+    data: Any = None
 
 
-def _decode(payload: bytes) -> _Message | None:
+_DECODERS = dict.fromkeys(WANTED, msgspec.json.Decoder(_Message)) | {DAEMON_LOG: msgspec.json.Decoder(_LogLine)}
+
+
+def _decode(topic: str, payload: bytes) -> _Message | None:
+    decoder = _DECODERS.get(topic)
+    if decoder is None:
+        return None
     try:
-        return _MESSAGE.decode(payload)
+        return decoder.decode(payload)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     # JavaScript writes half surrogate pairs, which msgspec takes for malformed.
     try:
-        return msgspec.convert(json.loads(payload), _Message)
+        return msgspec.convert(json.loads(payload), decoder.type)
     except (ValueError, msgspec.MsgspecError, RecursionError):
         return None
 
