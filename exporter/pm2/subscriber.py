@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +38,8 @@ class Down(StrEnum):
     """Nobody listens on pub.sock: the daemon crashed."""
     PERMISSION = "permission"
     """pub.sock belongs to another user."""
+    TIMEOUT = "timeout"
+    """The daemon accepts no connection, and as many as the kernel keeps for it are waiting already: it is frozen."""
     CLOSED = "closed"
     """The daemon ended, or hung up."""
     BEHIND = "behind"
@@ -126,7 +129,7 @@ class Subscriber:
         try:
             # A home on a file server that hangs must not hold up the event loop.
             identity = await asyncio.to_thread(_identity, self._path)
-            transport, connection = await loop.create_unix_connection(self._connection, str(self._path))
+            transport, connection = await loop.create_unix_connection(self._connection, sock=_connected(self._path))
         except OSError as error:
             return _REASONS.get(type(error), Down.UNREACHABLE)
         try:
@@ -153,7 +156,20 @@ _REASONS: Final[dict[type[OSError], Down]] = {
     NotADirectoryError: Down.NO_SOCKET,
     ConnectionRefusedError: Down.REFUSED,
     PermissionError: Down.PERMISSION,
+    BlockingIOError: Down.TIMEOUT,
 }
+
+
+def _connected(path: Path) -> socket.socket:
+    """Return a connected socket. A unix socket connects at once or not at all; asyncio takes "not at all" for "later"."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.setblocking(False)  # noqa: FBT003 -- the method takes it by position only
+    try:
+        connection.connect(str(path))
+    except OSError:
+        connection.close()
+        raise
+    return connection
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

@@ -197,6 +197,22 @@ async def test_what_is_no_socket_is_said(
     assert ear.subscriber.connections == 0
 
 
+async def test_a_daemon_that_accepts_nobody_is_no_connection(home: Path, running: Callable, eventually: Callable) -> None:
+    """Where as many wait already as the kernel keeps, that is said; it is no connection, and no end of one."""
+    path = home / "pub.sock"
+    ear = Ear(path)
+    with socket.socket(socket.AF_UNIX) as frozen, socket.socket(socket.AF_UNIX) as waiting:
+        frozen.bind(str(path))
+        frozen.listen(0)
+        waiting.connect(str(path))
+        before = open_files()
+        async with running(ear):
+            await eventually(lambda: ear.subscriber.down is Down.TIMEOUT)
+            await asyncio.sleep(0.1)
+            assert open_files() == before
+    assert (ear.began, ear.subscriber.connections, ear.subscriber.ended) == (0, 0, {})
+
+
 async def test_an_end_by_cancelling_leaves_nothing_open(bus: "Bus", running: Callable, eventually: Callable) -> None:
     """After the end there is no connection, no timer and no task."""
     before = open_files()
