@@ -125,10 +125,11 @@ async def test_hanging_up_is_told_apart(serve: "Serve", sent: bytes) -> None:
         wire.encode(LIST),
         wire.encode(LIST, b"s:7"),
         wire.encode(b"s:hello", b"s:0"),
+        wire.encode(LIST, b"s:0") * 2,
         wire.encode(b"j:[]", b"s:0") + wire.encode(REPORT, b"s:1"),
         wire.encode(b"j:{", b"s:0") + wire.encode(REPORT, b"s:1"),
     ],
-    ids=["http", "zeros", "no-argument", "no-id", "foreign-id", "no-json", "no-list", "half-json"],
+    ids=["http", "zeros", "no-argument", "no-id", "foreign-id", "no-json", "repeated", "no-list", "half-json"],
 )
 async def test_nonsense_is_told_apart(serve: "Serve", said: bytes) -> None:
     """Whatever does not speak the protocol, or does not answer the question, is nonsense."""
