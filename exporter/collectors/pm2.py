@@ -260,15 +260,17 @@ class PM2Options(Strict, frozen=True, kw_only=True):
 
 def home(options: PM2Options, environ: Mapping[str, str]) -> Path:
     """Return the PM2 home that is watched."""
-    return Path(options.home or environ.get("PM2_HOME") or "~/.pm2").expanduser().absolute()
+    wanted = options.home or environ.get("PM2_HOME") or "~/.pm2"
+    return Path(os.path.expanduser(wanted)).absolute()  # noqa: PTH111 -- Path's raises where there is no home
 
 
 def source(options: PM2Options, environ: Mapping[str, str]) -> Source:
     """Return where the process list comes from, shared by all who ask at the same moment."""
+    asked: Source = Reader(home(options, environ), max_reply=options.max_reply)
     if options.command:
         environ = {**environ, "PM2_HOME": str(home(options, environ))}
-        return Shared(Command(options.command, environ=environ, max_reply=options.max_reply))
-    return Shared(Reader(home(options, environ), max_reply=options.max_reply))
+        asked = Command(options.command, environ=environ, max_reply=options.max_reply)
+    return Shared(asked, longest=options.timeout)
 
 
 class Seen(NamedTuple):
@@ -302,7 +304,7 @@ class PM2Collector:
         listing: Listing | None = None
         reason: Reason | None = None
         try:
-            listing = await self._source.listing(min(within, self._options.timeout))
+            listing = await self._source.listing(within)
         except PM2Error as error:
             reason = error.reason
             if reason is not self._logged:

@@ -4,6 +4,7 @@ Asking never starts a daemon. Every failure is a `PM2Error` with a `Reason` (exp
 """
 
 import asyncio
+import math
 import os
 from typing import Protocol
 
@@ -71,15 +72,15 @@ class Shared:
     Who joins may be told what was so a moment before it asked: good to look at, not to check what one has just done.
     """
 
-    def __init__(self, source: Source) -> None:
-        """Share this source."""
-        self._source = source
+    def __init__(self, source: Source, *, longest: float = math.inf) -> None:
+        """Share this source; nobody waits for it for more than `longest` seconds."""
+        self._source, self._longest = source, longest
         self._flight: _Flight | None = None
 
     async def listing(self, within: float) -> Listing:
         """Return the source's answer; raise its PM2Error, or TIMEOUT once this caller's own time is up."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + within
+        deadline = loop.time() + min(within, self._longest)
         while True:
             flight = self._flight
             joined = flight is not None and not flight.task.done()

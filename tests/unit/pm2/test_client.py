@@ -319,3 +319,11 @@ async def test_each_has_its_own_deadline() -> None:
     source.answer.set_result(LISTING)
     assert await patient == LISTING
     assert source.asked == 2
+
+
+async def test_nobody_waits_longer_than_the_source_may_take() -> None:
+    """The longest time given to the source holds for everyone who asks, whatever time they have."""
+    shared = Shared(Slow(), longest=0.01)
+    for asked in await asyncio.gather(*(shared.listing(60) for _ in range(3)), return_exceptions=True):
+        assert isinstance(asked, PM2Error)
+        assert asked.reason is Reason.TIMEOUT

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from exporter.pm2.command import GUARD
 from exporter.pm2.process import Daemon, Listing, Monitor, Process, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 HOME = "/home/deploy/.pm2"
 
@@ -30,11 +31,9 @@ class Said:
     def __init__(self, *answers: Listing | Reason) -> None:
         """Give these answers in turn, the last one for ever."""
         self.answers = list(answers)
-        self.within: list[float] = []
 
-    async def listing(self, within: float) -> Listing:
+    async def listing(self, within: float) -> Listing:  # noqa: ARG002 -- the source's shape
         """Return the next answer, or raise it."""
-        self.within.append(within)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if isinstance(answer, Reason):
             raise PM2Error(answer, "as told")
@@ -100,13 +99,21 @@ async def test_the_log_tells_of_changes_only(caplog: pytest.LogCaptureFixture) -
     ]
 
 
-async def test_pm2_gets_the_lesser_of_its_two_times() -> None:
-    """PM2 may take its own timeout, and never more than the scrape has."""
-    source = Said(Listing())
-    collector = PM2Collector(PM2Options(home=HOME, files=False, timeout=grammar.Duration(2)), source)
-    await collector.read(9)
-    await collector.read(1)
-    assert source.within == [2, 1]
+async def test_pm2_gets_no_more_than_its_own_time(homes: "Callable[[], Path]") -> None:
+    """Whoever asks, PM2 may take its own timeout; a scrape that has more does not wait for a frozen PM2 with all of it."""
+    home = homes()
+    options = PM2Options(home=str(home), timeout=grammar.Duration(0.05))
+    with socket.socket(socket.AF_UNIX) as frozen:
+        frozen.bind(str(home / "rpc.sock"))
+        frozen.listen()
+        async with asyncio.timeout(5):
+            with pytest.raises(PM2Error, match="in time"):
+                await pm2.source(options, {}).listing(60)
+
+
+def test_a_home_that_cannot_be_told_is_no_crash() -> None:
+    """A user without an entry and without HOME, or a user who is unknown, has a PM2 that is not found."""
+    assert pm2.home(PM2Options(home="~no-such-user/.pm2"), {}) == Path.cwd() / "~no-such-user" / ".pm2"
 
 
 def test_every_status_is_counted() -> None:
