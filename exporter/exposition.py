@@ -7,6 +7,7 @@ counted. Pure: no I/O, no clock.
 Sources: the Prometheus exposition formats page (text 0.0.4) and the OpenMetrics 1.0.0 specification.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from enum import Enum
 from typing import NamedTuple
@@ -96,19 +97,48 @@ DROPPED = gauge(
 )
 
 
-def render(metrics: Iterable[Metric], to: Format, *, account: Desc | None = DROPPED) -> bytes:
-    """Return the page; `account` is the metric that tells how many samples were dropped (None leaves it out)."""
+class LabelTexts:
+    """Label sets as they were written on the last pages: most of a page says of the same things what the last one said.
+
+    Bounded by what a page needs: label sets that come and go do not pile up.
+    """
+
+    __slots__ = ("_texts",)
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._texts: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+
+    def of(self, labels: tuple[str, ...]) -> dict[tuple[str, ...], str]:
+        """Return the texts of all label sets with these names, by their values."""
+        return self._texts.setdefault(labels, {})
+
+    def forget(self, needed: int) -> None:
+        """Start anew when there are many more than the `needed` ones."""
+        if sum(map(len, self._texts.values())) > 2 * needed + 1000:
+            self._texts.clear()
+
+
+def render(
+    metrics: Iterable[Metric], to: Format, *, account: Desc | None = DROPPED, known: LabelTexts | None = None
+) -> bytes:
+    """Return the page.
+
+    `account` is the metric that tells how many samples were dropped (None leaves it out). `known`, when the same is given
+    for every page, spares writing the same label sets again.
+    """
     families: dict[str, tuple[Desc, list[Sequence[Row]]]] = {}
     for desc, rows in metrics:
         families.setdefault(desc.name, (desc, []))[1].append(rows)
     lines: list[str] = []
     dropped = {"duplicate": 0, "invalid": 0}
-    texts: dict[tuple[str, ...], dict[tuple[str, ...], str]] = {}
+    known = known or LabelTexts()
     for desc, parts in families.values():
-        _write_family(desc, parts, to, lines, dropped, texts.setdefault(desc.labels, {}))
+        _write_family(desc, parts, to, lines, dropped, known.of(desc.labels))
     if account is not None:
         rows = [((reason,), count) for reason, count in dropped.items()]
-        _write_family(account, [rows], to, lines, dropped, {})
+        _write_family(account, [rows], to, lines, dropped, known.of(account.labels))
+    known.forget(len(lines))
     lines.append("# EOF\n" if to is Format.OPENMETRICS else "")
     return "\n".join(lines).encode("utf-8")
 
@@ -122,12 +152,13 @@ def _write_family(
     texts: dict[tuple[str, ...], str],
 ) -> None:
     name, at = desc.name, len(lines)
+    known, append = texts.get, lines.append
     seen: set[str] = set()
     for rows in parts:
         for values, value in rows:
             if value is None:
                 continue
-            text = texts.get(values)
+            text = known(values)
             if text is None:
                 text = texts[values] = _labels(desc.labels, values)
             if text in seen:
@@ -139,7 +170,7 @@ def _write_family(
                 dropped["invalid"] += 1
                 continue
             seen.add(text)
-            lines.append(f"{name}{text} {number}")
+            append(f"{name}{text} {number}")
     if len(lines) > at:
         lines[at:at] = _head(desc, to)
 
@@ -156,17 +187,18 @@ def _head(desc: Desc, to: Format) -> tuple[str, str]:
 
 
 def _number(value: object) -> str | None:
-    if not isinstance(value, float | int):
-        return None
-    if value != value:  # noqa: PLR0124 -- only NaN differs from itself
+    if not isinstance(value, float):
+        if not isinstance(value, int):
+            return None
+        try:
+            value = float(value)
+        except OverflowError:
+            return None
+    if math.isfinite(value):
+        return repr(value)
+    if math.isnan(value):
         return "NaN"
-    try:
-        value = float(value)
-    except OverflowError:
-        return None
-    if value in (float("inf"), float("-inf")):
-        return "+Inf" if value > 0 else "-Inf"
-    return repr(value)
+    return "+Inf" if value > 0 else "-Inf"
 
 
 def _labels(names: tuple[str, ...], values: tuple[str, ...]) -> str:

@@ -93,6 +93,7 @@ class Mongo:
         self._make = pymongo.AsyncMongoClient
         self._uri, self._timeout = uri, timeout
         self._kept: AsyncMongoClient[dict[str, Any]] | None = None
+        self._built: tuple[object, Mapping[str, Any]] = (None, {})
 
     async def ping(self, within: float) -> PingResult:
         """Ask for a sign of life; answers after at most `within` seconds, and after the timeout if that is less.
@@ -118,11 +119,21 @@ class Mongo:
     async def facts(self, within: float) -> Facts:
         """Ask what the server says of itself; what it does not say within this time, or not to this user, is left out."""
         deadline = time.monotonic() + within
-        said = {command: await self._answer(command, deadline, **rest) for command, rest in _QUESTIONS.items()}
-        hello, state = said["hello"], _role(said["hello"])
+        hello = await self._answer("hello", deadline)
+        status = await self._answer("serverStatus", deadline, **_LEFT_OUT)
+        state = _role(hello)
         if hello.get("setName") and state is None:
             state = _count((await self._answer("replSetGetStatus", deadline)).get("myState"))
-        return read_facts(said["serverStatus"], said["buildInfo"], hello, state)
+        return read_facts(status, await self._build_info(hello, deadline), hello, state)
+
+    async def _build_info(self, hello: Mapping[str, Any], deadline: float) -> Mapping[str, Any]:
+        """Return what the server was built from, asked for once in a server process's life."""
+        process = (hello.get("topologyVersion") or {}).get("processId")
+        known, built = self._built
+        if process is None or known != process or not built:
+            built = await self._answer("buildInfo", deadline)
+            self._built = process, built
+        return built
 
     async def close(self) -> None:
         """End the client's connections and background tasks; a later ping makes a new client."""
@@ -185,52 +196,48 @@ class Mongo:
         return next((reason for reason in reasons if reason is not Reason.OTHER), Reason.TIMEOUT)
 
 
-_QUESTIONS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "hello": {},
-    "buildInfo": {},
-    # Everything that is not used is left out, most of it expensive.
-    "serverStatus": dict.fromkeys(
-        (
-            "asserts",
-            "catalogStats",
-            "changeStreamPreImages",
-            "defaultRWConcern",
-            "electionMetrics",
-            "extra_info",
-            "featureCompatibilityVersion",
-            "flowControl",
-            "freeMonitoring",
-            "globalLock",
-            "indexBuilds",
-            "indexBulkBuilder",
-            "indexStats",
-            "locks",
-            "logicalSessionRecordCache",
-            "metrics",
-            "mirroredReads",
-            "network",
-            "opLatencies",
-            "opWorkingTime",
-            "oplogTruncation",
-            "queryAnalyzers",
-            "readConcernCounters",
-            "readPreferenceCounters",
-            "repl",
-            "scramCache",
-            "security",
-            "shardedIndexConsistency",
-            "storageEngine",
-            "tcmalloc",
-            "tenantMigrations",
-            "transactions",
-            "transportSecurity",
-            "twoPhaseCommitCoordinator",
-            "wiredTiger",
-            "mem",
-        ),
-        0,
+_LEFT_OUT: Final = dict.fromkeys(
+    (
+        "asserts",
+        "catalogStats",
+        "changeStreamPreImages",
+        "defaultRWConcern",
+        "electionMetrics",
+        "extra_info",
+        "featureCompatibilityVersion",
+        "flowControl",
+        "freeMonitoring",
+        "globalLock",
+        "indexBuilds",
+        "indexBulkBuilder",
+        "indexStats",
+        "locks",
+        "logicalSessionRecordCache",
+        "metrics",
+        "mirroredReads",
+        "network",
+        "opLatencies",
+        "opWorkingTime",
+        "oplogTruncation",
+        "queryAnalyzers",
+        "readConcernCounters",
+        "readPreferenceCounters",
+        "repl",
+        "scramCache",
+        "security",
+        "shardedIndexConsistency",
+        "storageEngine",
+        "tcmalloc",
+        "tenantMigrations",
+        "transactions",
+        "transportSecurity",
+        "twoPhaseCommitCoordinator",
+        "wiredTiger",
+        "mem",
     ),
-}
+    0,
+)
+"""The parts of serverStatus that are not used, most of them expensive."""
 
 
 def classify(error: BaseException) -> Reason:

@@ -21,7 +21,19 @@ from prometheus_client.metrics_core import Metric as ClientMetric
 from exporter import VERSION
 from exporter.collectors import http
 from exporter.config import Config, build
-from exporter.exposition import Desc, Format, Kind, Metric, accepts_gzip, counter, gauge, negotiate, render, single
+from exporter.exposition import (
+    Desc,
+    Format,
+    Kind,
+    LabelTexts,
+    Metric,
+    accepts_gzip,
+    counter,
+    gauge,
+    negotiate,
+    render,
+    single,
+)
 from exporter.grammar import ConfigError
 from exporter.scrape import DURATION, SUCCESS, Collector, Outcome, account, budget, scrape
 
@@ -97,6 +109,7 @@ class Exporter:
         self._reload_ok = True
         self._reloaded_at = 0.0
         self._failing: dict[str, str] = {}
+        self._label_texts = LabelTexts()
         self._ready = False
         self._background = True
         self._own = [
@@ -168,7 +181,7 @@ class Exporter:
         collectors = self.collectors
         outcomes = await scrape({name: collectors[name] for name in names}, within)
         self._log_changes(outcomes)
-        return render(self._everything(outcomes), to)
+        return render(self._everything(outcomes), to, known=self._label_texts)
 
     def _everything(self, outcomes: tuple[Outcome, ...]) -> Iterator[Metric]:
         for outcome in outcomes:

@@ -324,7 +324,7 @@ class PM2Collector:
         """Say what was seen."""
         apps = self._options.apps.items()
         yield single(UP, int(seen.listing is not None))
-        yield Metric(DOWN_REASON, [((reason,), int(reason is seen.reason)) for reason in Reason])
+        yield Metric(DOWN_REASON, [((str(reason),), int(reason is seen.reason)) for reason in Reason])
         yield single(DUMP, seen.dumped)
         yield Metric(EXPECTED, [((name,), int(app.expected)) for name, app in apps])
         yield Metric(DESIRED, [((name,), app.instances) for name, app in apps])
@@ -336,7 +336,7 @@ class PM2Collector:
 
 
 def _daemon(listing: Listing) -> Iterable[Metric]:
-    counts: dict[str, int] = dict.fromkeys(Status, 0)
+    counts: dict[str, int] = dict.fromkeys(_STATUSES, 0)
     for process in listing.processes:
         status = _status(process)
         counts[status] = counts.get(status, 0) + 1
@@ -379,9 +379,10 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
         info.append(((*app, *facts), 1))
         module.append((app, int(process.is_module)))
         now = _status(process)
-        status += [((*app, state), int(state == now)) for state in Status]
+        name, pm_id = app
+        status += [((name, pm_id, state), 1 if state == now else 0) for state in _STATUSES]
         if now not in _STATUSES:
-            status.append(((*app, now), 1))
+            status.append(((name, pm_id, now), 1))
         given_up.append((app, int(process.is_given_up)))
         restarts.append((app, process.restart_time))
         unstable.append((app, process.unstable_restarts))
@@ -401,7 +402,8 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
     yield Metric(MAX_MEMORY, max_memory)
 
 
-_STATUSES = frozenset(Status)
+# Plain text, for an enum's members are slow to hash, and there is a sample for each of them and each process.
+_STATUSES = tuple([str(status) for status in Status])
 
 
 class _Standard(NamedTuple):

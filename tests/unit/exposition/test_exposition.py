@@ -13,6 +13,7 @@ from exporter.exposition import (
     Desc,
     Format,
     Kind,
+    LabelTexts,
     Metric,
     accepts_gzip,
     counter,
@@ -172,3 +173,20 @@ def test_negotiation_never_fails(header: str) -> None:
 def test_gzip_is_used_where_it_is_wanted(header: str, expected: bool) -> None:  # noqa: FBT001 -- a table's column
     """Compression is the client's choice."""
     assert accepts_gzip(header) is expected
+
+
+@given(st.lists(st.lists(st.tuples(st.tuples(NAMES, NAMES), st.integers(0, 9)), max_size=5), max_size=6))
+def test_remembered_label_sets_change_no_page(pages: list) -> None:
+    """A page is the same whatever was written before it."""
+    known = LabelTexts()
+    for rows in pages:
+        metrics = [Metric(SIZE, rows), Metric(SEEN, [((name,), value) for (name, _), value in rows])]
+        assert render(metrics, Format.TEXT, known=known) == render(metrics, Format.TEXT)
+
+
+def test_remembered_label_sets_do_not_pile_up() -> None:
+    """Names that come and go leave nothing behind."""
+    known = LabelTexts()
+    for number in range(20_000):
+        render([Metric(SEEN, [((f"name {number}",), 1)])], Format.TEXT, known=known)
+    assert len(known.of(SEEN.labels)) < 1100

@@ -149,6 +149,7 @@ def test_what_was_not_said_is_not_shown() -> None:
             'user=""} 1'
         ),
         'pm2_process_module{name="a",pm_id="0"} 0',
+        'pm2_process_given_up{name="a",pm_id="0"} 0',
     ]
 
 
@@ -194,9 +195,8 @@ def test_facts_are_in_the_info_metric() -> None:
 def test_figures_come_in_base_units(monitor: Monitor, sample: str | None) -> None:
     """PM2's own figures have metrics of their own, an app's others are custom, and all are in base units."""
     lines = starting(page(listed(Process(name="a", pm_id=0, pid=5, status="online", monitors=(monitor,)))), "pm2_process_")
-    shown = [
-        line for line in lines if not line.startswith(("pm2_process_info", "pm2_process_status", "pm2_process_module"))
-    ]
+    facts = tuple(f"pm2_process_{name}{{" for name in ("info", "status", "module", "given_up"))
+    shown = [line for line in lines if not line.startswith(facts)]
     assert shown == ([f"pm2_process_{sample}"] if sample else [])
 
 
