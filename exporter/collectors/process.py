@@ -263,9 +263,10 @@ def look(
     for process in listing.processes:
         apps.setdefault((process.name, str(process.pm_id)), process.pid)
     roots = {pid: app for app, pid in apps.items() if pid > 0}
-    daemon = listing.daemon.pid if listing.daemon else None
-    # PM2's processes are its children; one that is not has only the number in common, in another pid namespace.
-    rooted = trees(table, [pid for pid in roots if pid in table and daemon in (None, table[pid].ppid)])
+    daemon = listing.daemon
+    # PM2's processes are its children; one that is not has only the number in common, in another pid namespace. Is that
+    # namespace hidden from ours, the daemon has no pid here at all. A command does not tell of a daemon, and is believed.
+    rooted = trees(table, [pid for pid in roots if pid in table and (daemon is None or daemon.pid == table[pid].ppid)])
     found: dict[App, Tree] = {}
     readings: dict[int, Reading] = {}
     left = dict(table)

@@ -126,8 +126,16 @@ async def test_a_process_of_another_pid_namespace_is_not_taken_for_the_app(fake:
     fake.add(11, 1)
     source = Fixed(app("web", 0, 10), app("elsewhere", 1, 11))
     assert of(await scrape(ProcessCollector(ProcessOptions(), source, fake.root)), 1) == {}
-    unknown = Fixed(app("web", 0, 10), app("elsewhere", 1, 11), daemon=None)
-    assert of(await scrape(ProcessCollector(ProcessOptions(), unknown, fake.root)), 1) != {}
+    source.now = Listing(processes=(app("web", 0, 10), app("elsewhere", 1, 11)))
+    assert of(await scrape(ProcessCollector(ProcessOptions(), source, fake.root)), 1) != {}, "a command tells of no daemon"
+
+
+async def test_a_daemon_without_a_pid_here_has_no_processes_here(fake: "FakeProc") -> None:
+    """Asked over a socket from a container of its own, PM2 lists pids that mean other processes here, or none."""
+    fake.add(10, 1)
+    collector = ProcessCollector(ProcessOptions(), Fixed(app("web", 0, 10), daemon=None), fake.root)
+    with pytest.raises(UnseenError, match="another pid namespace"):
+        await collector.read(5)
 
 
 async def test_that_nothing_can_be_seen_is_a_failure(fake: "FakeProc") -> None:
