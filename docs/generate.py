@@ -97,6 +97,7 @@ def _type(kind: object) -> str:
         "bool": "true or false",
         "Duration": "duration",
         "Size": "bytes",
+        "Regex": "regular expression",
     }
     name = getattr(kind, "__name__", str(kind))
     return names.get(name, name.lower())

@@ -1,12 +1,16 @@
 """Strict YAML to frozen typed values, or one error that names file, line, key and rule.
 
-A configuration type is a `Strict` struct: unknown keys are errors that name the nearest valid key. Three value types beyond
-Python's own are written the way people write them: `Duration` ("1m30s"), `Size` ("64MiB") and `Secret` (text that never
-shows itself). `${NAME}` in any string is replaced by that environment variable; `$${` is a literal `${`.
+A configuration type is a `Strict` struct: unknown keys are errors that name the nearest valid key. Four value types beyond
+Python's own are written the way people write them: `Duration` ("1m30s"), `Size` ("64MiB"), `Regex` and `Secret` (text that
+never shows itself). `${NAME}` in any string is replaced by that environment variable; `$${` is a literal `${`.
 """
 
 import difflib
+import errno
+import math
+import os
 import re
+import stat
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -34,8 +38,8 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0, "y": 31536000.0}
-_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|[smhdwy]))+")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhdwy])")
+_DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]+)?(?:ms|[smhdwy]))+")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|[smhdwy])")
 
 
 class Duration(float):
@@ -51,13 +55,15 @@ class Duration(float):
         if value in ("0", 0) and not isinstance(value, bool):
             return cls(0.0)
         if isinstance(value, str) and _DURATION.fullmatch(value):
-            return cls(sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(value)))
+            seconds = sum(float(number) * _UNITS[unit] for number, unit in _DURATION_PART.findall(value))
+            if math.isfinite(seconds):
+                return cls(seconds)
         raise ValueError(f"expected a duration with its unit, such as 500ms, 5s or 1m30s, got {value!r}")
 
 
 _POWERS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _POWERS |= {"Ki": 1024, "Mi": 1024**2, "Gi": 1024**3, "Ti": 1024**4}
-_SIZE = re.compile(r"(\d+)\s?([kMGT]|[KMGT]i|)B?")
+_SIZE = re.compile(r"([0-9]+) ?([kMGT]|[KMGT]i|)B?")
 
 
 class Size(int):
@@ -76,6 +82,20 @@ class Size(int):
         if match:
             return cls(int(match[1]) * _POWERS[match[2]])
         raise ValueError(f"expected a size in bytes, such as 1048576, 64MiB or 10MB, got {value!r}")
+
+
+class Regex(str):
+    """A regular expression in the syntax of Python's `re`; "" is none."""
+
+    __slots__ = ()
+
+    @classmethod
+    def parse(cls, value: object) -> "Regex":
+        """Read an expression; raise ValueError for what is none."""
+        try:
+            return cls(re.compile(value).pattern)  # type: ignore[call-overload]  # what is no text raises TypeError
+        except (re.error, OverflowError, RecursionError, TypeError) as error:
+            raise ValueError(f"expected a regular expression: {error}") from None
 
 
 class Secret:
@@ -107,14 +127,14 @@ class Secret:
             return cls(value)
         if isinstance(value, dict) and list(value) == ["file"] and isinstance(value["file"], str):
             try:
-                return cls(Path(value["file"]).expanduser().read_text(encoding="utf-8").strip())
-            except (OSError, UnicodeDecodeError) as error:
-                reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+                return cls(read_file(os.path.expanduser(value["file"]), FILE_MAX).decode().strip())  # noqa: PTH111 -- Path's raises
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", "not UTF-8 text, or not a path")
                 raise ValueError(f"cannot read the secret file {value['file']!r}: {reason}") from None
         raise ValueError('expected text, "${ENVIRONMENT_VARIABLE}" or {file: PATH}')
 
 
-_WRITTEN: dict[type, Any] = {Duration: Duration.parse, Size: Size.parse, Secret: Secret.parse}
+_WRITTEN: dict[type, Any] = {Duration: Duration.parse, Size: Size.parse, Regex: Regex.parse, Secret: Secret.parse}
 _SCHEMAS: dict[type, dict[str, Any]] = {
     Duration: {
         "anyOf": [{"type": "string", "pattern": Duration.PATTERN}, {"const": 0}],
@@ -124,6 +144,7 @@ _SCHEMAS: dict[type, dict[str, Any]] = {
         "anyOf": [{"type": "string", "pattern": Size.PATTERN}, {"type": "integer", "minimum": 0}],
         "description": 'Bytes: a count, or such as "64MiB" or "10MB".',
     },
+    Regex: {"type": "string", "description": "A regular expression in the syntax of Python's re; empty for none."},
     Secret: {
         "anyOf": [
             {"type": "string"},
@@ -157,6 +178,8 @@ def written(value: object) -> object:
             return "0" if not value else _with_unit(value, _UNITS, "s")
         case Size():
             return _with_unit(value, {f"{unit}B": power for unit, power in _POWERS.items() if "i" in unit}, "")
+        case Regex():
+            return str(value)
         case Secret():
             return repr(value)
         case msgspec.Struct():
@@ -202,30 +225,73 @@ def sections(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN401 -- an
     yield from seen
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, where YAML would silently keep the last."""
+class _StrictLoader(yaml.SafeLoader):
+    """SafeLoader that refuses what YAML would silently make something else of, without repeating what may be a secret."""
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:  # noqa: ANN401 -- PyYAML's signature
+        try:
+            return super().compose_node(parent, index)
+        except yaml.composer.ComposerError as error:
+            if "undefined alias" in (error.problem or ""):
+                raise _wrong(
+                    "there is no such anchor; text that starts with * goes in quotes", error.problem_mark
+                ) from None
+            raise
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401 -- PyYAML's signature
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _wrong("a key must be plain text", key.start_mark)
+            kind = key.tag.rpartition(":")[2]
+            if kind not in ("str", "merge", "value"):
+                raise _wrong(f"the key {key.value!r} is read as {kind}, not as text; it goes in quotes", key.start_mark)
+            if key.value in seen:
+                raise _wrong(f"the key {key.value!r} is written twice", key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:  # noqa: ANN401, FBT001, FBT002 -- PyYAML's signature
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):
+            raise _wrong(
+                f"a value that is no {node.tag.rpartition(':')[2]}; text goes in quotes", node.start_mark
+            ) from None
 
 
-def _unique_mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    loader.flatten_mapping(node)
-    seen = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str | int | float | bool | None):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is written twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
+def _wrong(rule: str, mark: yaml.Mark | None) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=rule, problem_mark=mark)
 
 
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+def _unknown_tag(_: _StrictLoader, node: yaml.Node) -> None:
+    raise _wrong("a tag that is not known; text that starts with ! goes in quotes", node.start_mark)
+
+
+_StrictLoader.add_constructor(None, _unknown_tag)
+
+FILE_MAX = 1024**2
+"""Bytes; a longer configuration or secret file is refused."""
+VALUES_MAX = 100_000
+"""Values in a file, each counted as often as aliases repeat it: a few lines of aliases can stand for billions."""
+
+
+def read_file(path: str | Path, limit: int) -> bytes:
+    """Return what is in a regular file of at most `limit` bytes; raise OSError, and never wait for a pipe's writer."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:  # noqa: PTH123 -- of a descriptor
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        found = file.read(limit + 1)
+    if len(found) > limit:
+        raise OSError(errno.EFBIG, f"longer than {limit} bytes")
+    return found
 
 
 def load(path: str | Path, kind: type[T], *, environ: Mapping[str, str]) -> T:
     """Read the YAML file at `path` as a `kind`; raise ConfigError for whatever is wrong with it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_file(path, FILE_MAX).decode()
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", file=str(path)) from None
     except UnicodeDecodeError as error:
@@ -235,18 +301,11 @@ def load(path: str | Path, kind: type[T], *, environ: Mapping[str, str]) -> T:
 
 def decode(text: str, kind: type[T], *, file: str, environ: Mapping[str, str]) -> T:
     """Read YAML `text` as a `kind`; `file` is what errors call it. An empty text means every default."""
-    try:
-        tree = yaml.load(text, Loader=_UniqueKeyLoader)  # noqa: S506 -- a SafeLoader, made stricter
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise ConfigError(f"is not valid YAML: {error.problem or error.context}", file=file, line=line) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"is not valid YAML: {str(error).splitlines()[0]}", file=file) from None
+    node, tree = _parse(text, file)
     try:
         tree = _substitute({} if tree is None else tree, environ)
         return msgspec.convert(tree, kind, dec_hook=_decode_hook)
-    except _UnsetVariableError as error:
+    except _VariableError as error:
         raise ConfigError(error.rule, file=file, key=_dotted(error.path), line=_line(node, error.path)) from None
     except RecursionError:
         raise ConfigError("is nested too deeply", file=file) from None
@@ -257,16 +316,49 @@ def decode(text: str, kind: type[T], *, file: str, environ: Mapping[str, str]) -
             rule = "unknown key" + _nearest(unknown[1], kind, path[:-1])
         elif missing := re.fullmatch(r"Object missing required field `(.*)`", rule):
             rule = f"the key {missing[1]!r} is required"
+        else:
+            rule, path = _key_in_rule(rule, kind, path)
         rule = rule.replace("`object`", "a mapping").replace("`array`", "a list").replace("`str`", "text")
         raise ConfigError(rule, file=file, key=_dotted(path), line=_line(node, path)) from None
 
 
-class _UnsetVariableError(Exception):
+def _parse(text: str, file: str) -> tuple[yaml.Node | None, Any]:
+    """Return the document as nodes, which know their lines, and as values."""
+    try:
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _expanded(node, {}) > VALUES_MAX:
+            raise _wrong(f"it stands for more than {VALUES_MAX} values", node.start_mark)
+        return node, loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        problem = (error.problem or error.context or "").partition(" '!")[0]
+        raise ConfigError(f"is not valid YAML: {problem}", file=file, line=line) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not valid YAML: {str(error).splitlines()[0]}", file=file) from None
+    except RecursionError:
+        raise ConfigError("is not valid YAML: it is nested too deeply", file=file) from None
+
+
+def _expanded(node: yaml.Node, known: dict[yaml.Node, int]) -> int:
+    """Return how many values `node` is, with every alias written out."""
+    if node not in known:
+        known[node] = 0
+        inner = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        known[node] = 1 + (0 if isinstance(node, yaml.ScalarNode) else sum(_expanded(part, known) for part in inner))
+    elif not known[node]:
+        raise _wrong("an alias stands for what it is a part of", node.start_mark)
+    return known[node]
+
+
+class _VariableError(Exception):
     def __init__(self, rule: str, path: tuple[str | int, ...]) -> None:
         self.rule, self.path = rule, path
 
 
-_VARIABLE = re.compile(r"\$(\$\{)|\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_VARIABLE = re.compile(r"\$(\$\{)|\$\{(?:([A-Za-z_][A-Za-z0-9_]*)\})?")
 
 
 def _substitute(tree: object, environ: Mapping[str, str], path: tuple[str | int, ...] = ()) -> Any:  # noqa: ANN401 -- any YAML
@@ -280,8 +372,10 @@ def _substitute(tree: object, environ: Mapping[str, str], path: tuple[str | int,
     def replace(match: re.Match[str]) -> str:
         if match[1]:
             return match[1]
+        if not match[2]:
+            raise _VariableError("after ${ comes the name of an environment variable and }; ${ itself is $${", path)
         if match[2] not in environ:
-            raise _UnsetVariableError(f"the environment variable {match[2]} is not set", path)
+            raise _VariableError(f"the environment variable {match[2]} is not set", path)
         return environ[match[2]]
 
     return _VARIABLE.sub(replace, tree)
@@ -306,6 +400,18 @@ def _read_message(message: str, kind: type, tree: object) -> tuple[str, tuple[st
         except (LookupError, TypeError):
             tree = None
     return rule, path
+
+
+_KEY_FIRST = re.compile(r"(\w+)((?:\[\d+\]|\.\w+)*)(?:: | (?=must |is ))")
+
+
+def _key_in_rule(rule: str, kind: type, path: tuple[str | int, ...]) -> tuple[str, tuple[str | int, ...]]:
+    """Move the key that a section's own rule begins with, as in "timeout must be …" or "targets[0].url: …", to the path."""
+    found = _KEY_FIRST.match(rule)
+    if not found or not any(found[1] in getattr(here, "__struct_encode_fields__", ()) for here in _types_at(kind, path)):
+        return rule, path
+    below = [int(step[2]) if step[2] else step[1] for step in _STEP.finditer(found[2])]
+    return rule[found.end() :], (*path, found[1], *below)
 
 
 def _culprit(kinds: list[Any], tree: object) -> str:
@@ -335,7 +441,7 @@ def _line(node: yaml.Node | None, path: tuple[str | int, ...]) -> int:
             found = [(key, value) for key, value in node.value if key.value == str(step)]
             if not found:
                 return line
-            key, node = found[0]
+            key, node = found[-1]  # what a merge brings stands before
             line = key.start_mark.line + 1
         elif isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
             node = node.value[step]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from exporter.exposition import Desc, Metric, counter, gauge, single, untyped
-from exporter.grammar import Strict
+from exporter.grammar import Regex, Strict, default
 
 MODES = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")
 """What a CPU does, in the order of /proc/stat's columns."""
@@ -113,19 +113,11 @@ DESCS: tuple[Desc, ...] = (
 class HostOptions(Strict, frozen=True, kw_only=True):
     r"""This machine (`node_cpu_*`, `node_memory_*`, `node_disk_*`, `node_network_*` and others)."""
 
-    disk_devices_exclude: str = r"^(z?ram|loop|fd|(h|s|v|xv)d[a-z]|nvme\d+n\d+p)\d+$"
+    disk_devices_exclude: Regex = default(Regex(r"^(z?ram|loop|fd|(h|s|v|xv)d[a-z]|nvme\d+n\d+p)\d+$"))
     """Block devices to leave out: a regular expression, searched in the name; "" leaves none out. Default: memory and loop
     devices and partitions, as node_exporter does."""
-    network_devices_exclude: str = ""
+    network_devices_exclude: Regex = default(Regex())
     """Network interfaces to leave out: a regular expression, searched in the name. Default: none."""
-
-    def __post_init__(self) -> None:
-        """Hold the rule that an expression is one."""
-        for key in ("disk_devices_exclude", "network_devices_exclude"):
-            try:
-                re.compile(getattr(self, key))
-            except re.error as error:
-                raise ValueError(f"{key} is not a regular expression: {error}") from None
 
 
 Count = int | None

@@ -254,9 +254,9 @@ async def test_what_is_unmounted_is_forgotten(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("mount_points_exclude: '['", "mount_points_exclude is not a regular expression"),
-        ("fs_types_include: '*'", "fs_types_include is not a regular expression"),
-        ("rootfs: host", "rootfs must be an absolute path"),
+        ("mount_points_exclude: '['", "mount_points_exclude: expected a regular expression"),
+        ("fs_types_include: '*'", "fs_types_include: expected a regular expression"),
+        ("rootfs: host", "rootfs: must be an absolute path"),
         ("mount_point_exclude: x", "unknown key"),
     ],
 )

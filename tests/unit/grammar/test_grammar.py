@@ -1,5 +1,6 @@
 """Strict YAML: what is right becomes typed values, what is wrong becomes one error that names file, line, key and rule."""
 
+import os
 from pathlib import Path
 
 import jsonschema
@@ -7,7 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from exporter.grammar import ConfigError, Duration, Secret, Size, Strict, decode, default, json_schema, load, written
+from exporter.grammar import (
+    FILE_MAX,
+    ConfigError,
+    Duration,
+    Regex,
+    Secret,
+    Size,
+    Strict,
+    decode,
+    default,
+    json_schema,
+    load,
+    written,
+)
 
 
 class Inner(Strict, frozen=True, kw_only=True):
@@ -17,6 +31,17 @@ class Inner(Strict, frozen=True, kw_only=True):
     timeout: Duration = default(Duration(3))
     limits: tuple[Size, ...] = ()
     password: Secret | None = None
+    only: Regex = default(Regex())
+
+    def __post_init__(self) -> None:
+        """Hold rules that name their key."""
+        if self.timeout > 3600:
+            raise ValueError("timeout must be at most 1h")
+        for index, limit in enumerate(self.limits):
+            if limit == 13:
+                raise ValueError(f"limits[{index}]: 13 brings bad luck")
+        if self.home == "nowhere":
+            raise ValueError("home and timeout do not fit together")
 
 
 class Outer(Strict, frozen=True, kw_only=True):
@@ -52,8 +77,28 @@ BAD = [
     ("inner: {password: {fiel: x}}", 'expected text, "${ENVIRONMENT_VARIABLE}" or {file: PATH}'),
     ("inner: [", "x.yml:1: is not valid YAML"),
     ("? [1]\n: 2", "a key must be plain text"),
-    ("inner: !!python/object:os.system {}", "is not valid YAML: could not determine a constructor"),
-    ("[" * 5000, "is not valid YAML"),
+    ("inner: !!python/object:os.system {}", "x.yml:1: is not valid YAML: a tag that is not known"),
+    ("[" * 5000, "is not valid YAML: it is nested too deeply"),
+    ("inner:\n  home: x\n  timeout: 2h", "x.yml:3: inner.timeout: must be at most 1h"),
+    ("inner:\n  limits:\n  - 1\n  - 13", "x.yml:4: inner.limits[1]: 13 brings bad luck"),
+    ("inner:\n  home: nowhere", "x.yml:1: inner: home and timeout do not fit together"),
+    ("inner:\n  only: '('", "x.yml:2: inner.only: expected a regular expression: missing )"),
+    ("inner: {only: 'a{99999999999}'}", "inner.only: expected a regular expression: the repetition number is too large"),
+    ("inner: {only: 5}", "inner.only: expected a regular expression"),
+    ("inner: {timeout: %sy}" % ("9" * 400), "expected a duration"),
+    ("inner: {timeout: ٣s}", "expected a duration"),
+    ("inner: {limits: [٣]}", "expected a size in bytes"),
+    ("named:\n  123: {}", "x.yml:2: is not valid YAML: the key '123' is read as int, not as text; it goes in quotes"),
+    ("named: {no: {}}", "the key 'no' is read as bool, not as text; it goes in quotes"),
+    ("named:\n  a: &a {home: x}\n  b: {<<: *a, hom: y}", "x.yml:3: named.b.hom: unknown key; did you mean 'home'?"),
+    ("inner: {home: '${NOPE:-x}'}", "x.yml:1: inner.home: after ${ comes the name of an environment variable and }"),
+    ("inner: {home: '${NOPE'}", "x.yml:1: inner.home: after ${ comes the name of an environment variable and }"),
+    ("flags:\n  a: !!bool maybe", "x.yml:2: is not valid YAML: a value that is no bool"),
+    ("flags: {a: !!int ''}", "x.yml:1: is not valid YAML: a value that is no int"),
+    ("inner:\n  home: 2024-99-99", "x.yml:2: is not valid YAML: a value that is no timestamp; text goes in quotes"),
+    ("inner: &a {home: *a}", "x.yml:1: is not valid YAML: an alias stands for what it is a part of"),
+    ("inner: {password: {file: ~nobody-of-that-name/x}}", "cannot read the secret file '~nobody-of-that-name/x': No such"),
+    ('inner: {password: {file: "a\\0b"}}', "inner.password: cannot read the secret file"),
     ("a: \x00", "is not valid YAML"),
 ]
 
@@ -79,6 +124,42 @@ def test_good_file() -> None:
         timeout=Duration(90), limits=(Size(2**26), Size(10**7), Size(7), Size(2048)), home="/home/me/x ${HOME}"
     )
     assert [item.timeout for item in read_back.listed] == [0.5, 0]
+
+
+def test_merged_mappings() -> None:
+    """What a mapping says itself wins over what it merges, as YAML has it."""
+    named = read("named: {a: &a {home: x, timeout: 1s}, b: {<<: *a, timeout: 2s}, c: {<<: [{home: y}, *a]}}").named
+    assert named["b"] == Inner(home="x", timeout=Duration(2))
+    assert named["c"] == Inner(home="y", timeout=Duration(1))
+
+
+@pytest.mark.parametrize(("first", "again"), [("[x,x]", "[%s]"), ("{k: x}", "{<<: [%s]}")], ids=["lists", "merges"])
+def test_a_few_aliases_cannot_stand_for_millions_of_values(first: str, again: str) -> None:
+    """A file of half a kilobyte does not become gigabytes."""
+    lines = [f"a0: &a0 {first}"]
+    lines += [f"a{level}: &a{level} " + again % ",".join([f"*a{level - 1}"] * 9) for level in range(1, 9)]
+    with pytest.raises(ConfigError, match="x.yml:1: is not valid YAML: it stands for more than 100000 values"):
+        read("\n".join(lines))
+
+
+@pytest.mark.parametrize("written", ["!hunter2", "!hunter2!x", "*hunter2", "@hunter2", "%hunter2", "'hunter2' x"])
+def test_a_secret_that_is_no_yaml_is_not_in_the_error(written: str) -> None:
+    """A password that would have needed quotes is an error that does not repeat it."""
+    with pytest.raises(ConfigError, match="x.yml:2: is not valid YAML") as failure:
+        read(f"inner:\n  password: {written}\n")
+    assert "hunter2" not in str(failure.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    """A pipe is not waited for, and no file is read without end; neither as configuration nor as secret."""
+    pipe, large = tmp_path / "pipe", tmp_path / "large"
+    os.mkfifo(pipe)
+    large.write_bytes(b"#" * (FILE_MAX + 1))
+    for path, why in ((pipe, "not a regular file"), (large, "longer than 1048576 bytes"), (tmp_path, "Is a directory")):
+        with pytest.raises(ConfigError, match=f"cannot be read: {why}"):
+            load(path, Outer, environ={})
+        with pytest.raises(ConfigError, match=f"cannot read the secret file '{path}': {why}"):
+            read(f"inner: {{password: {{file: {path}}}}}")
 
 
 def test_empty_file_means_defaults() -> None:

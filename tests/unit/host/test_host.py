@@ -222,5 +222,5 @@ def test_cpu_time_never_runs_backwards_by_a_little(rounds: list[dict[str, Sequen
 @pytest.mark.parametrize("key", ["disk_devices_exclude", "network_devices_exclude"])
 def test_a_wrong_expression_is_a_config_error(key: str) -> None:
     """The error names the key and what is wrong with the expression."""
-    with pytest.raises(ConfigError, match=rf"{key} is not a regular expression: .*unterminated"):
+    with pytest.raises(ConfigError, match=rf"{key}: expected a regular expression: .*unterminated"):
         decode(f"{key}: '(['", HostOptions, file="exporter.yml", environ={})
