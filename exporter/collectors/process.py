@@ -297,7 +297,7 @@ def look(
 
 
 class ProcessCollector:
-    """Reads the list from PM2 and, meanwhile, the parents of all processes from /proc, once for all apps."""
+    """Reads the list from PM2 and, meanwhile, what can be read from /proc without it, once for all apps."""
 
     descs = DESCS
 
@@ -307,6 +307,7 @@ class ProcessCollector:
         self._source = source
         self._proc = Proc(proc)
         self._ledger = Ledger()
+        self._roots: tuple[int, ...] = ()
         self._lock = asyncio.Lock()
         # One thread: a read of /proc that hangs holds up nothing else, and looks stay in their order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="process collector")
@@ -316,10 +317,22 @@ class ProcessCollector:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + within
         async with asyncio.timeout(within), self._lock:
-            table = loop.run_in_executor(self._thread, self._proc.table)
-            table.add_done_callback(lambda done: done.cancelled() or done.exception())
+            ahead = loop.run_in_executor(self._thread, self._look_ahead)
+            ahead.add_done_callback(lambda done: done.cancelled() or done.exception())
             listing = await self._source.listing(deadline - loop.time())
-            return await loop.run_in_executor(self._thread, look, listing, await table, self._proc.usage, self._ledger)
+            self._roots = tuple([process.pid for process in listing.processes if process.pid > 0])
+            table, used = await ahead
+
+            def usage(pid: int) -> Usage | None:
+                return used[pid] if pid in used else self._proc.usage(pid)
+
+            return await loop.run_in_executor(self._thread, look, listing, table, usage, self._ledger)
+
+    def _look_ahead(self) -> tuple[dict[int, Stat], dict[int, Usage | None]]:
+        """Read what need not wait for PM2: all processes, and the usage of those in the trees of the last look's apps."""
+        table = self._proc.table()
+        members = [pid for pids in trees(table, self._roots).values() for pid in pids]
+        return table, {pid: self._proc.usage(pid) for pid in members}
 
     def metrics(self, seen: Iterable[Tree]) -> Iterable[Metric]:
         """Yield the metrics of every app."""
