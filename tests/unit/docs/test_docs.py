@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 import yaml
 
+from exporter.cli import parser
 from exporter.collectors import COLLECTORS
 from exporter.config import Config
 from exporter.grammar import decode, json_schema
@@ -100,3 +101,17 @@ def test_lock_is_of_this_project() -> None:
     for group, requirements in project["dependency-groups"].items():
         assert locked(own["metadata"]["requires-dev"][group]) == set(requirements)
     assert "://" not in text
+
+
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_names_what_there_is() -> None:
+    """Every script, page and flag that the README names exists, and its exporter.yml is one."""
+    for path in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"\bscript/\w+", README):
+        assert (ROOT / path).exists(), path
+    known = {option for action in parser()._actions for option in action.option_strings}  # noqa: SLF001 -- argparse has no other way
+    assert set(re.findall(r"--(?:web|config|log|collector)\.[\w.-]+|--once", README)) <= known
+    files = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(files) == 2
+    decode(re.sub(r"\{file: [^}]*\}", "text", files[1]), Config, file="README", environ={})
