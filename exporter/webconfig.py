@@ -21,7 +21,7 @@ from typing import Any
 import bcrypt
 from aiohttp import hdrs, web
 
-from exporter.grammar import ConfigError, Strict, default, load
+from exporter.grammar import FILE_MAX, ConfigError, Strict, default, load, read_file
 
 log = logging.getLogger("web")
 
@@ -79,7 +79,8 @@ class TlsServer(Strict, frozen=True, kw_only=True):
     max_version: str = "TLS13"
     """The newest TLS version spoken."""
     cipher_suites: tuple[str, ...] = ()
-    """The TLS 1.2 suites allowed, by their standard names; empty means OpenSSL's default. TLS 1.3's are always on."""
+    """The TLS 1.2 suites allowed, by their standard names; empty means OpenSSL's default. TLS 1.3's are always on; where
+    only those are listed, TLS 1.3 is all that is spoken."""
     prefer_server_cipher_suites: bool = True
     """Whether the server's order of suites wins."""
     curve_preferences: tuple[str, ...] = ()
@@ -94,6 +95,8 @@ class TlsServer(Strict, frozen=True, kw_only=True):
         _one_of(self.client_auth_type, _CLIENT_AUTH, "client_auth_type")
         _one_of(self.min_version, _VERSIONS, "TLS version")
         _one_of(self.max_version, _VERSIONS, "TLS version")
+        if self.min_version > self.max_version:
+            raise ValueError(f"min_version: {self.min_version} is newer than max_version {self.max_version}")
         for suite in self.cipher_suites:
             _one_of(suite, dict.fromkeys([*_CIPHERS, *sorted(_ALWAYS_ON)]), "cipher suite")
         for curve in self.curve_preferences:
@@ -140,17 +143,35 @@ class WebConfig(Strict, frozen=True, kw_only=True):
 
 
 def tls_context(options: TlsServer, folder: Path) -> ssl.SSLContext:
-    """Return a server context; raise OSError (ssl.SSLError is one) when a file cannot be used."""
+    """Return a server context; raise ValueError when a file cannot be used."""
+    for key in ("cert_file", "key_file", "client_ca_file"):
+        if name := getattr(options, key):
+            try:
+                read_file(folder / name, FILE_MAX)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{key} cannot be read: {getattr(error, 'strerror', error)}") from None
+    try:
+        return _tls_context(options, folder)
+    except ssl.SSLError as error:
+        raise ValueError(
+            f"cannot be used: {error.reason or error} (files are PEM, a key is for its certificate and has no pass phrase)"
+        ) from None
+
+
+def _tls_context(options: TlsServer, folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = _VERSIONS[options.min_version]
     context.maximum_version = _VERSIONS[options.max_version]
-    context.load_cert_chain(folder / options.cert_file, folder / options.key_file)
+    # Without a password at hand, OpenSSL would ask the terminal for one, and wait.
+    context.load_cert_chain(folder / options.cert_file, folder / options.key_file, password="")
     context.verify_mode = _CLIENT_AUTH[options.client_auth_type]
     if options.client_ca_file:
         context.load_verify_locations(folder / options.client_ca_file)
     older = [_CIPHERS[suite] for suite in options.cipher_suites if suite in _CIPHERS]
     if older:
         context.set_ciphers(":".join(older))
+    elif options.cipher_suites:
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
     if options.prefer_server_cipher_suites:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     for curve in options.curve_preferences:
@@ -164,7 +185,7 @@ _State = tuple[tuple[int, int, int], ...]
 def _stat(path: Path) -> tuple[int, int, int]:
     try:
         found = os.stat(path)  # noqa: PTH116 -- on every request
-    except OSError:
+    except (OSError, ValueError):
         return (0, 0, 0)
     return (found.st_mtime_ns, found.st_size, found.st_ino)
 
@@ -189,28 +210,28 @@ class WebGate:
             self._load(path)
         self.context = _FreshContext.around(self) if self.config.tls_server_config else None
 
-    def _look(self, path: Path) -> _State:
-        tls = self.config.tls_server_config
+    def _look(self, path: Path, config: WebConfig) -> _State:
+        tls = config.tls_server_config
         names = (tls.cert_file, tls.key_file, tls.client_ca_file) if tls else ()
         return (_stat(path), *(_stat(self._folder / name) for name in names if name))
 
     def _load(self, path: Path) -> None:
         config = load(path, WebConfig, environ=self._environ)
+        # Looked at before it is read: what changes meanwhile is then seen as a change.
+        state = self._look(path, config)
         tls = None
         if config.tls_server_config:
             try:
                 tls = tls_context(config.tls_server_config, self._folder)
-            except OSError as error:
-                rule = f"cannot be used: {error.strerror or error}"
-                raise ConfigError(rule, file=str(path), key="tls_server_config") from None
+            except ValueError as error:
+                raise ConfigError(str(error), file=str(path), key="tls_server_config") from None
         if self._state and (tls is None) != (self._tls is None):
             raise ConfigError("switching TLS on or off needs a restart", file=str(path), key="tls_server_config")
-        self.config, self._tls = config, tls
-        self._state = self._look(path)
+        self.config, self._tls, self._state = config, tls, state
 
     def refresh(self) -> None:
         """Take in what has changed on disk; keep the old state, and log, when the new one is wrong."""
-        if self._path is None or (state := self._look(self._path)) == self._state:
+        if self._path is None or (state := self._look(self._path, self.config)) == self._state:
             return
         self._state = state
         try:
@@ -288,29 +309,47 @@ class Passwords:
     """Compares passwords with bcrypt hashes, off the event loop, and remembers the results.
 
     An unknown user costs what a known one costs, so that users cannot be told by the clock; the comparing thread is one,
-    so that guessing cannot take the machine.
+    and few may wait for it, so that guessing cannot take the machine. Who was let in is let in again without waiting.
     """
 
     REMEMBERED = 128
+    """Wrong passwords that are known as such; of the right ones there is one a user."""
+    WAITING = 32
 
-    def __init__(self) -> None:
-        """Start with no results."""
-        self._known: dict[bytes, bool] = {}
+    def __init__(self, check: Callable[[bytes, bytes], bool] | None = None) -> None:
+        """Start with no results; `check` compares a password with a hash."""
+        self._check = check or _check
+        self._right: set[bytes] = set()
+        self._wrong: dict[bytes, None] = {}
+        self._waiting = 0
         self._salt = os.urandom(32)
         self._nobody = bcrypt.hashpw(os.urandom(16), bcrypt.gensalt(10))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="bcrypt")
 
     async def match(self, users: Mapping[str, str], user: str, password: str) -> bool:
-        """Tell whether `password` is that of `user`; bcrypt takes 72 bytes, a longer one matches nothing."""
+        """Tell whether `password` is that of `user`; bcrypt takes 72 bytes, a longer one matches nothing.
+
+        Raises web.HTTPServiceUnavailable where too many wait to be told.
+        """
         hashed = users.get(user, "").encode() or self._nobody
         secret = password.encode()
         key = hmac.digest(self._salt, b"\0".join((user.encode(), hashed, secret)), hashlib.sha256)
-        if key not in self._known:
-            result = await asyncio.get_running_loop().run_in_executor(self._thread, _check, secret, hashed)
-            while len(self._known) >= self.REMEMBERED:
-                del self._known[next(iter(self._known))]
-            self._known[key] = result and user in users
-        return self._known[key]
+        if key in self._right or key in self._wrong:
+            return key in self._right
+        if self._waiting >= self.WAITING:
+            raise web.HTTPServiceUnavailable(text="Too many passwords to check, try again later.\n")
+        self._waiting += 1
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._check, secret, hashed)
+        finally:
+            self._waiting -= 1
+        if result and user in users:
+            self._right.add(key)
+            return True
+        while len(self._wrong) >= self.REMEMBERED:
+            del self._wrong[next(iter(self._wrong))]
+        self._wrong[key] = None
+        return False
 
 
 def _check(secret: bytes, hashed: bytes) -> bool:

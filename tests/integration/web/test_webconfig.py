@@ -1,8 +1,11 @@
 """The web config file on a real listener: TLS, client certificates, users, headers, and changes without a restart."""
 
 import asyncio
+import os
 import ssl
 import subprocess
+import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -10,9 +13,11 @@ import aiohttp
 import bcrypt
 import pytest
 import trustme
+from aiohttp import web
+from cryptography.hazmat.primitives import serialization
 
 from exporter.grammar import ConfigError
-from exporter.webconfig import WebGate
+from exporter.webconfig import Passwords, WebGate
 
 Serve = Callable[[str], Awaitable[str]]
 
@@ -56,6 +61,27 @@ async def test_malformed_credentials(serve: Serve, header: str) -> None:
     assert (await get(url, headers={"Authorization": header}))[0] == 401
 
 
+async def test_guessing_does_not_hold_up_who_was_let_in() -> None:
+    """Any number of wrong passwords neither evicts a right one nor waits in a queue without end."""
+    may_end = threading.Event()
+
+    def check(password: bytes, _: bytes) -> bool:
+        if password == b"slow":
+            may_end.wait()
+        return password == b"s3cr3t"
+
+    passwords, users = Passwords(check), {"alice": HASH}
+    assert await passwords.match(users, "alice", "s3cr3t")
+    for number in range(2 * Passwords.REMEMBERED):
+        assert not await passwords.match(users, "alice", f"guess {number}")
+    guesses = [asyncio.create_task(passwords.match(users, "alice", "slow")) for _ in range(Passwords.WAITING + 1)]
+    done, waiting = await asyncio.wait(guesses, timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    assert [type(guess.exception()) for guess in done] == [web.HTTPServiceUnavailable]
+    assert await asyncio.wait_for(passwords.match(users, "alice", "s3cr3t"), 60)
+    may_end.set()
+    assert not any(await asyncio.gather(*waiting))
+
+
 async def test_headers_are_on_every_response(serve: Serve) -> None:
     """The configured headers are there on success, refusal and a path that does not exist."""
     text = f"http_server_config: {{headers: {{X-Frame-Options: deny}}}}\nbasic_auth_users: {{alice: '{HASH}'}}"
@@ -92,6 +118,35 @@ async def test_tls_version_and_suite(serve: Serve, authority: trustme.CA) -> Non
     writer.close()
     assert "AES256-GCM-SHA384" in name
     assert version == "TLSv1.2"
+
+
+@pytest.mark.usefixtures("server_files")
+async def test_only_new_suites_mean_only_the_new_version(serve: Serve, authority: trustme.CA) -> None:
+    """Where only TLS 1.3's suites are allowed, a client of TLS 1.2 is not served with others."""
+    where = await serve(TLS + ", cipher_suites: [TLS_AES_128_GCM_SHA256]}")
+    old = trusting(authority)
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    with pytest.raises(aiohttp.ClientConnectorError):
+        await get("https://" + where, ssl=old)
+    assert (await get("https://" + where, ssl=trusting(authority)))[0] == 200
+
+
+def test_encrypted_key_is_refused(tmp_path: Path, server_files: trustme.LeafCert) -> None:
+    """A key that needs a pass phrase is an error; nobody at the terminal is asked for it."""
+    key = serialization.load_pem_private_key(server_files.private_key_pem.bytes(), None)
+    lock = serialization.BestAvailableEncryption(b"s3cr3t")
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, lock)
+    (tmp_path / "server.key").write_bytes(pem)
+    (tmp_path / "web.yml").write_text(TLS + "}")
+    terminal, inside = os.openpty()
+    command = ["setsid", "--ctty", sys.executable, "-m", "exporter", "--config.check"]
+    done = subprocess.run(  # noqa: S603 -- the test's own
+        [*command, f"--web.config.file={tmp_path}/web.yml"], stdin=inside, capture_output=True, timeout=60, check=False
+    )
+    os.close(inside)
+    os.close(terminal)
+    assert done.returncode == 1
+    assert b"tls_server_config: cannot be used" in done.stderr
 
 
 @pytest.mark.usefixtures("server_files")
@@ -144,12 +199,16 @@ async def test_users_change_without_restart(serve: Serve, tmp_path: Path) -> Non
 
 BAD = {
     "basic_auth_users: {a: plain}": "basic_auth_users: {a: plain}",
-    "tls_server_config: {cert_file: none.pem, key_file: none.key}": "tls_server_config: cannot be used: No such file",
+    "tls_server_config: {cert_file: none.pem, key_file: none.key}": "tls_server_config: cert_file cannot be read: No such file",
     "tls_server_config: {cert_file: web.yml, key_file: web.yml}": "tls_server_config: cannot be used",
+    "tls_server_config: {cert_file: server.pem, key_file: .}": "key_file cannot be read: Is a directory",
+    TLS + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: server.key}": "NO_CERTIFICATE_OR_CRL_FOUND",
     "tls_server_config: {cert_file: x}": "the key 'key_file' is required",
     TLS + ", client_auth_type: RequireAnyClientCert}": "without verifying them, which Python's TLS cannot do",
     TLS + ", client_auth_type: RequireAndVerifyClientCert}": "needs client_ca_file",
     TLS + ", client_allowed_sans: [x]}": "need a client_auth_type that verifies",
+    'tls_server_config: {cert_file: "a\\0b", key_file: x}': "tls_server_config: cert_file cannot be read: embedded null",
+    TLS + ", min_version: TLS13, max_version: TLS12}": "min_version: TLS13 is newer than max_version TLS12",
     TLS + ", min_version: SSL3}": "unknown TLS version 'SSL3'",
     TLS + ", cipher_suites: [TLS_RSA_WITH_RC4_128_SHA]}": "unknown cipher suite 'TLS_RSA_WITH_RC4_128_SHA'",
     TLS + ", curve_preferences: [CurveP256, X25519]}": "one curve at the most",
