@@ -102,7 +102,7 @@ def budget(timeout_header: str | None, *, otherwise: float = 10.0, offset: float
     """Return the seconds a scrape may take, from X-Prometheus-Scrape-Timeout-Seconds less `offset`.
 
     A header that is missing or no positive number counts as `otherwise`; a timeout shorter than twice the offset is halved
-    instead.
+    instead, and nothing is done in less than a hundredth of a second.
     """
     try:
         timeout = float(timeout_header or "")
@@ -110,4 +110,4 @@ def budget(timeout_header: str | None, *, otherwise: float = 10.0, offset: float
         timeout = otherwise
     if not 0 < timeout < float("inf"):
         timeout = otherwise
-    return max(timeout - offset, timeout / 2)
+    return max(timeout - offset, timeout / 2, 0.01)

@@ -81,7 +81,17 @@ async def test_collector_is_told_to_end_before_it_is_cut_off() -> None:
 
 @pytest.mark.parametrize(
     ("header", "seconds"),
-    [("10", 9.5), ("1", 0.5), ("0.5", 0.25), (None, 9.5), ("x", 9.5), ("-1", 9.5), ("nan", 9.5), ("inf", 9.5)],
+    [
+        ("10", 9.5),
+        ("1", 0.5),
+        ("0.5", 0.25),
+        ("3E-324", 0.01),
+        (None, 9.5),
+        ("x", 9.5),
+        ("-1", 9.5),
+        ("nan", 9.5),
+        ("inf", 9.5),
+    ],
 )
 def test_budget(header: str | None, seconds: float) -> None:
     """The deadline is Prometheus's own less the offset; nonsense counts as no header."""
