@@ -74,6 +74,16 @@ def field_docstrings(section: type[msgspec.Struct]) -> dict[str, str]:
     return found
 
 
+def flags_table() -> str:
+    """Return the table of the command line's flags."""
+    rows = ["| Flag | Meaning |", "|---|---|"]
+    for action in parser()._actions:  # noqa: SLF001 -- argparse has no other way to list them
+        value = f"={action.metavar or '|'.join(action.choices or ())}" if action.nargs != 0 else ""
+        names = ", ".join(f"`{name}{value}`" for name in action.option_strings).replace("|", "\\|")
+        rows.append(f"| {names} | {_cell(action.help or '')} |")
+    return "\n".join(rows)
+
+
 def _type(kind: object) -> str:
     if kind is type(None):
         return "nothing"
@@ -120,7 +130,7 @@ def pages() -> Iterator[tuple[Path, str]]:
     """Yield every file that is generated, wholly or in parts, with what should stand in it."""
     metrics = {name: metrics_table(descs) for name, descs in catalogue().items()}
     settings = {"exporter.yml": settings_tables(Config), "web": settings_tables(webconfig.WebConfig)}
-    flags = {"flags": "```text\n" + parser().format_help().rstrip() + "\n```"}
+    flags = {"flags": flags_table()}
     yield DOCS / "metrics.md", _fill(DOCS / "metrics.md", metrics)
     yield DOCS / "configuration.md", _fill(DOCS / "configuration.md", settings | flags)
     schema = json_schema(Config, title="exporter.yml of pm2-exporter")
