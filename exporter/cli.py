@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from exporter import VERSION
 from exporter.collectors import COLLECTORS
@@ -30,6 +31,8 @@ from exporter.webconfig import WebGate
 log = logging.getLogger("exporter")
 
 DEFAULT_ADDRESS = "127.0.0.1:9209"
+KEEPALIVE = 330.0
+"""Seconds after which an idle connection is closed; Prometheus keeps its own for five minutes."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -194,28 +197,43 @@ async def _serve(exporter: Exporter, gate: WebGate, addresses: Sequence[tuple[st
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    reloads: set[asyncio.Task[None]] = set()
-    loop.add_signal_handler(signal.SIGHUP, lambda: reloads.add(loop.create_task(_reload(exporter), name="reload")))
-    runner = web.AppRunner(exporter.app([gate.middleware]), access_log=None, shutdown_timeout=5)
+    hung_up = asyncio.Event()
+    loop.add_signal_handler(signal.SIGHUP, hung_up.set)
+    logging.getLogger("aiohttp.server").addFilter(_is_our_fault)
+    runner = web.AppRunner(
+        exporter.app([gate.middleware]), access_log=None, shutdown_timeout=5, keepalive_timeout=KEEPALIVE
+    )
     await runner.setup()
     try:
         await exporter.start()
+        reloads = loop.create_task(_reload_whenever(hung_up, exporter), name="reload on SIGHUP")
         for host, port in addresses:
             await web.TCPSite(runner, host, port, ssl_context=gate.context).start()
         for host, port, *_ in runner.addresses:
-            log.info("listening", extra={"address": f"{host}:{port}", "tls": gate.context is not None, "version": VERSION})
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            log.info("listening", extra={"address": where, "tls": gate.context is not None, "version": VERSION})
         gc.collect()
         gc.freeze()
         await ended.wait()
         log.info("stopping")
+        reloads.cancel()
     finally:
         await runner.cleanup()
         await exporter.stop()
 
 
-async def _reload(exporter: Exporter) -> None:
-    with contextlib.suppress(ConfigError):
-        await exporter.reload()
+async def _reload_whenever(hung_up: asyncio.Event, exporter: Exporter) -> None:
+    """Reload after each SIGHUP; any number of them that arrive during a reload ask for one more."""
+    while True:
+        await hung_up.wait()
+        hung_up.clear()
+        with contextlib.suppress(Exception):  # it has been logged
+            await exporter.reload()
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    """Keep out of the log what strangers send that is no HTTP: it may fill the disk, or hold a credential."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _raise_descriptor_limit() -> None:

@@ -67,6 +67,8 @@ IN_FLIGHT = gauge(
     source="the exporter itself",
 )
 DESCS = (SUCCESS, DURATION, BUILD_INFO, RELOADED, RELOADED_AT, REQUESTS, IN_FLIGHT)
+LONGEST = 120.0
+"""Seconds; no request is worked on for longer, whatever timeout it claims: its sender may be gone, and its place taken."""
 GZIP_FROM = 1024
 """Bytes; a smaller page is not worth compressing."""
 
@@ -138,9 +140,10 @@ class Exporter:
         """Read the configuration again; when it is wrong, raise ConfigError and leave the old one in force."""
         async with self._reloading:
             try:
-                config = self._read_config()
+                # Elsewhere: to read a long file takes seconds.
+                config = await asyncio.to_thread(self._read_config)
                 await self._apply(config)
-            except ConfigError as error:
+            except Exception as error:
                 self._reload_ok = False
                 log.error("configuration not reloaded, the old one stays in force", extra={"error": str(error)})  # noqa: TRY400
                 raise
@@ -155,12 +158,12 @@ class Exporter:
             running[name] = old if old and old.key == key else _Running(key, make(), None)
         ended = [old for name, old in self._running.items() if running.get(name) is not old]
         self._running, self.config = running, config
-        for old in ended:
-            await self._end(old)
         for name, new in running.items():
             if self._background and new.task is None and (run := getattr(new.collector, "run", None)):
                 new.task = asyncio.create_task(_keep_running(name, run), name=f"collector {name}")
         self._reload_ok, self._reloaded_at = True, time.time()
+        for old in ended:
+            await self._end(old)
 
     @staticmethod
     async def _end(running: _Running) -> None:
@@ -246,11 +249,11 @@ class Exporter:
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         to = negotiate(request.headers.get(hdrs.ACCEPT, ""))
-        within = budget(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds"))
+        within = time_allowed(request, 10.0)
         return _respond(request, await self.page(names, within, to), to)
 
     async def _answer_probe(self, request: web.Request) -> web.Response:
-        within = budget(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds"), otherwise=120.0)
+        within = time_allowed(request, LONGEST)
         to = negotiate(request.headers.get(hdrs.ACCEPT, ""))
         return _respond(request, *await http.answer_probe(self.config.http, request.query, within, to))
 
@@ -299,6 +302,11 @@ def select(known: Iterable[str], collect: list[str], exclude: list[str]) -> tupl
         if name not in known:
             raise ValueError(f"no such collector, or not enabled: {name!r}; enabled: {', '.join(known)}")
     return tuple(name for name in known if (name in collect if collect else name not in exclude))
+
+
+def time_allowed(request: web.Request, otherwise: float) -> float:
+    """Return the seconds that answering may take; `otherwise` less the offset where the request does not say."""
+    return min(budget(request.headers.get("X-Prometheus-Scrape-Timeout-Seconds"), otherwise=otherwise), LONGEST)
 
 
 def _from_client(metric: ClientMetric) -> Metric:

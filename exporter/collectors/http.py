@@ -7,7 +7,6 @@ does.
 
 import asyncio
 import ipaddress
-import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +19,7 @@ from yarl import URL
 
 from exporter.exposition import Desc, Format, Metric, gauge, render, single
 from exporter.grammar import Strict, default, written
+from exporter.logs import logfmt
 from exporter.probe.http import probe
 from exporter.probe.module import ProbeModule
 from exporter.probe.reach import NEVER, NEVER_HOSTS, Address, guarded, is_metadata, meant, normalise, shown
@@ -81,11 +81,11 @@ class HttpOptions(Strict, frozen=True, kw_only=True):
                     f"targets[{index}]: another target is {label[0]!r} with the module {label[1]!r} too; give it a name"
                 )
             labels.add(label)
-        for entry in self.allow:
+        for index, entry in enumerate(self.allow):
             try:
                 Allowed.of((entry,))
             except ValueError as error:
-                raise ValueError(f"allow: {error}") from None
+                raise ValueError(f"allow[{index}]: {error}") from None
 
 
 _HTTP_2XX = ProbeModule()
@@ -110,6 +110,7 @@ def _label(url: URL) -> str:
 
 _NAME = re.compile(r"(\*\.)?([A-Za-z0-9_][A-Za-z0-9._-]*)(?::(\d{1,5}))?")
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+PORT_MAX = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ class Allowed:
             name = _NAME.fullmatch(entry)
             if not name:
                 raise ValueError(f"{entry!r} is no host name, network or URL prefix")
+            if name[3] and not 0 < int(name[3]) <= PORT_MAX:
+                raise ValueError(f"{entry!r} has no port from 1 to {PORT_MAX}")
             names.append((("." if name[1] else "") + name[2].rstrip(".").lower(), int(name[3]) if name[3] else None))
         return cls(frozenset(names), tuple(networks), tuple(prefixes))
 
@@ -448,14 +451,7 @@ def _log_lines(url: URL, name: str, result: ProbeResult) -> Iterator[str]:
             "msg": event.message,
             **event.fields,
         }
-        yield " ".join(f"{key}={_logfmt(value)}" for key, value in fields.items())
-
-
-def _logfmt(value: object) -> str:
-    text = str(value)
-    return (
-        text if text.isprintable() and text and not re.search(r'[\s="\\]', text) else json.dumps(text, ensure_ascii=False)
-    )
+        yield logfmt(fields)
 
 
 def _telling(tree: object, default_tree: object) -> object:

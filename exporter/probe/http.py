@@ -14,13 +14,11 @@ import ipaddress
 import os
 import socket
 import ssl
-import stat
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from typing import Any, Literal
 
 import aiohttp
@@ -28,6 +26,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict
 from yarl import URL
 
+from exporter.grammar import read_file
 from exporter.probe.aside import BusyError, aside
 from exporter.probe.judge import decoder, wrong_in_body, wrong_in_head, wrong_in_transport
 from exporter.probe.module import BODY_LIMIT, HEADER_VALUE, HttpProber, ProbeModule
@@ -433,18 +432,9 @@ def _basic(user: str, password: str) -> str:
 
 
 async def _read_file(name: str) -> bytes:
-    def read() -> bytes:
-        path = Path(name).expanduser()
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file")
-        if found.st_size > BODY_LIMIT:
-            raise OSError(errno.EFBIG, "too large")
-        return path.read_bytes()
-
     try:
-        return await aside(read)
-    except OSError as error:
+        return await aside(lambda: read_file(os.path.expanduser(name), BODY_LIMIT))  # noqa: PTH111 -- Path's raises
+    except (OSError, ValueError) as error:
         raise _failed(Reason.MODULE, f"cannot read {name}", error) from None
 
 

@@ -69,7 +69,7 @@ class Exporter:
 
     def _listening(self) -> str:
         assert self.process.poll() is None, f"the exporter ended:\n{self.log.read_text()}"
-        found = re.search(r"msg=listening address=(\S+)", self.log.read_text())
+        found = re.search(r'(?:msg=listening address=|"msg": "listening", "address": ")([^\s"]+)', self.log.read_text())
         return found[1] if found else ""
 
     @property

@@ -1,12 +1,15 @@
 """The flags and handlers that users of Prometheus's exporters know, on a running exporter."""
 
 import gzip
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,6 +107,60 @@ def test_reload(start: "Start", tmp_path: Path) -> None:
     assert exporter.scrape().value("pm2_exporter_config_last_reload_successful") == 1
 
 
+@pytest.mark.parametrize("wrong", ["pipe", "folder", "gone", "bytes", "tag", "aliases"])
+def test_reload_of_what_is_no_configuration(start: "Start", tmp_path: Path, wrong: str) -> None:
+    """Whatever stands where the file was, a reload says so at once, and scrapes go on with the old configuration."""
+    exporter = start("", *HOST_ONLY)
+    config = tmp_path / "exporter-0.yml"
+    config.unlink()
+    match wrong:
+        case "pipe":
+            os.mkfifo(config)
+        case "folder":
+            config.mkdir()
+        case "bytes":
+            config.write_bytes(b"\xff")
+        case "tag":
+            config.write_text("pm2: {files: !!bool maybe}")
+        case "aliases":
+            lines = [f"a{level}: &a{level} [{','.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 9)]
+            config.write_text("\n".join(["a0: &a0 [x]", *lines]))
+    refused = requests.post(f"http://{exporter.address}/-/reload", timeout=10)
+    assert refused.status_code == 500
+    assert refused.text.startswith(f"failed to reload config: {config}")
+    exporter.process.send_signal(signal.SIGHUP)
+    exporter.until(lambda: exporter.log.read_text().count("the old one stays in force") == 2)
+    page = exporter.scrape()
+    assert page.value("pm2_exporter_config_last_reload_successful") == 0
+    assert page.value("node_load1") is not None
+
+
+def test_reloads_in_a_storm(start: "Start") -> None:
+    """Any number of SIGHUPs and reload requests at once, with scrapes between them, end in the configuration on disk."""
+    exporter = start("", *HOST_ONLY)
+    url = f"http://{exporter.address}"
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(30):
+            exporter.process.send_signal(signal.SIGHUP)
+        posts = [pool.submit(requests.post, f"{url}/-/reload", timeout=30) for _ in range(20)]
+        gets = [pool.submit(requests.get, f"{url}/metrics", timeout=30) for _ in range(20)]
+        assert {answer.result().status_code for answer in (*posts, *gets)} == {200}
+    assert exporter.scrape().value("pm2_exporter_config_last_reload_successful") == 1
+
+
+def test_what_is_no_http_is_not_logged(start: "Start") -> None:
+    """Strangers that send what is no HTTP get a 400, and cannot fill the log or write a credential into it."""
+    exporter = start("", *HOST_ONLY)
+    host, port = exporter.address.split(":")
+    before = exporter.log.read_text()
+    for sent in (b"\x16\x03\x01\n\n", b"GET / HTTP/1.1\r\nHost: x\r\nAuthorization: Basic hunter2\x01\r\n\r\n"):
+        with socket.create_connection((host, int(port)), timeout=10) as stranger:
+            stranger.sendall(sent)
+            assert stranger.recv(100).startswith(b"HTTP/1.0 400 ")
+    assert exporter.get("/-/healthy").status_code == 200
+    assert exporter.log.read_text() == before
+
+
 def test_concurrent_scrapes_are_limited(start: "Start", tmp_path: Path) -> None:
     """Beyond --web.max-requests a scrape is refused at once, and the ones under way are not disturbed."""
     (tmp_path / "slow.sh").write_text("#!/bin/sh\nread -r _ < " + str(tmp_path / "gate") + "\necho '[]'\n")
@@ -181,15 +238,23 @@ def test_taken_port_is_an_error_in_words(start: "Start") -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_several_addresses_and_json_logs(start: "Start") -> None:
-    """--web.listen-address may be repeated; --log.format=json logs one object a line."""
+def test_several_addresses(start: "Start") -> None:
+    """--web.listen-address may be repeated, for IPv6 too; each address is logged as one would type it."""
     exporter = start("", *HOST_ONLY, "--web.listen-address=[::1]:0")
     found = re.findall(
         r"address=(\S+):(\d+)", exporter.until(lambda: (text := exporter.log.read_text()).count("listening") == 2 and text)
     )
-    assert {host for host, _ in found} == {"127.0.0.1", "::1"}
-    port = next(port for host, port in found if host == "::1")
+    assert {host for host, _ in found} == {"127.0.0.1", "[::1]"}
+    port = next(port for host, port in found if host == "[::1]")
     assert requests.get(f"http://[::1]:{port}/-/ready", timeout=10).status_code == 200
+
+
+def test_json_log(start: "Start") -> None:
+    """--log.format=json logs one object a line."""
+    exporter = start("", *HOST_ONLY, "--log.format=json")
+    (listening,) = map(json.loads, exporter.log.read_text().splitlines())
+    assert listening["msg"] == "listening"
+    assert listening["tls"] is False
 
 
 def test_users_guard_every_path(start: "Start", tmp_path: Path) -> None:

@@ -339,6 +339,7 @@ async def test_module_files(site: "Site", tmp_path: Path) -> None:
     body.write_bytes(b"\x00\xff")
     assert (await ask(site.url, like=module(method="POST", body_file=str(body)))).success
     assert site.asked[-1].endswith(b"\r\n\r\n\x00\xff")
+    assert (await ask(site.url, like=module(body_file="a\0b"))).reason is Reason.MODULE
     assert (
         await ask(site.url.replace("http", "https"), like=module(tls_config=ProbeTLS(ca_file=str(body))))
     ).reason is Reason.MODULE

@@ -199,7 +199,7 @@ async def test_users_change_without_restart(serve: Serve, tmp_path: Path) -> Non
 
 BAD = {
     "basic_auth_users: {a: plain}": "basic_auth_users: {a: plain}",
-    "tls_server_config: {cert_file: none.pem, key_file: none.key}": "tls_server_config: cert_file cannot be read: No such file",
+    "tls_server_config: {cert_file: none.pem, key_file: none.key}": "cert_file cannot be read: No such file",
     "tls_server_config: {cert_file: web.yml, key_file: web.yml}": "tls_server_config: cannot be used",
     "tls_server_config: {cert_file: server.pem, key_file: .}": "key_file cannot be read: Is a directory",
     TLS + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: server.key}": "NO_CERTIFICATE_OR_CRL_FOUND",

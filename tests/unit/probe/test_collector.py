@@ -87,11 +87,13 @@ WRONG = {
     "{targets: [{url: 'a?x'}, {url: 'a?y'}]}": "targets[1]: another target is 'http://a/' with the module 'http_2xx' too",
     "{targets: [{name: n}]}": "the key 'url' is required",
     "{concurrency: 0}": "concurrency: at least 1 probe must run at a time",
-    "{allow: ['10.0.0.1/8']}": "allow: '10.0.0.1/8' is no network: 10.0.0.1/8 has host bits set",
-    "{allow: ['10.0.0']}": "allow: '10.0.0' is no network",
-    "{allow: ['a b']}": "allow: 'a b' is no host name, network or URL prefix",
-    "{allow: ['ftp://a']}": "allow: only http:// and https:// can be probed",
-    "{allow: ['*']}": "allow: '*' is no host name, network or URL prefix",
+    "{allow: ['10.0.0.1/8']}": "allow[0]: '10.0.0.1/8' is no network: 10.0.0.1/8 has host bits set",
+    "{allow: ['10.0.0']}": "allow[0]: '10.0.0' is no network",
+    "{allow: ['a b']}": "allow[0]: 'a b' is no host name, network or URL prefix",
+    "{allow: ['ftp://a']}": "allow[0]: only http:// and https:// can be probed",
+    "{allow: [a, 'b:0']}": "allow[1]: 'b:0' has no port from 1 to 65535",
+    "{allow: ['b:65536']}": "allow[0]: 'b:65536' has no port from 1 to 65535",
+    "{allow: ['*']}": "allow[0]: '*' is no host name, network or URL prefix",
     "{target: []}": "unknown key; did you mean 'targets'?",
 }
 
