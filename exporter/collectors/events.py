@@ -20,9 +20,9 @@ from exporter.pm2.subscriber import Down, Patience, Subscriber
 
 _EXITS = counter(
     "pm2_process_exits_total",
-    "Processes of the app that ended since the exporter started, by cause: crash (exit code other than 0), exit (code 0,"
-    " or a SIGINT that PM2 did not send), signal (any other signal that PM2 did not send), memory_limit"
-    " (max_memory_restart), watch (a watched file changed), manual (asked for, or by cron_restart).",
+    "Processes of the app that ended since the exporter started, by cause: crash (exit code other than 0, or an"
+    " uncaught exception), exit (code 0, or a SIGINT that PM2 did not send), signal (any other signal that PM2 did not"
+    " send), memory_limit (max_memory_restart), watch (a watched file changed), manual (asked for, or by cron_restart).",
     ("name", "cause"),
     source="PM2 bus process:event exit; log:PM2 for signals, memory limit and watch",
 )

@@ -11,6 +11,8 @@ How an ending shows itself (PM2 4 to 7; God.js, God/ActionMethods.js, Worker.js,
   exit with code 0 and a death by a foreign SIGINT look the same: both are EXIT.
 * The status in the first `exit` is "stopping" where PM2 was asked to end the process. Why it was asked stands in an earlier
   log line for the memory limit and the watcher; a cron restart is not told from one by hand.
+* An uncaught exception ends a cluster worker with code 0: PM2 emits `disconnect` in it before it exits with 1, and Node's
+  cluster module exits at once then. A report of the exception comes some milliseconds before (ProcessContainer.js).
 * PM2 writes no log lines to the bus when PM2_LOG_DATE_FORMAT is empty. Then SIGNAL is seen as EXIT, MEMORY_LIMIT and WATCH
   as MANUAL; the number of exits stays right.
 
@@ -40,7 +42,7 @@ class Cause(StrEnum):
     """Why a process ended."""
 
     CRASH = "crash"
-    """By itself, with an exit code other than 0 that is not one of its stop_exit_codes."""
+    """By itself, with an exit code other than 0 that is not one of its stop_exit_codes, or by an uncaught exception."""
     EXIT = "exit"
     """By itself, with code 0 or one of its stop_exit_codes; or by a SIGINT from outside, which PM2 cannot tell apart."""
     SIGNAL = "signal"
@@ -115,6 +117,8 @@ MARKS_MAX: Final = 1024
 """Log lines that announce an exit and are remembered until it comes."""
 ANNOUNCED: Final = 300.0
 """Seconds within which an exit follows its announcement: listen_timeout, watch_delay and kill_timeout lie between them."""
+THROWN: Final = 1.0
+"""Seconds within which a cluster worker is gone after the exception that ends it."""
 
 
 class Attribution:
@@ -164,7 +168,10 @@ class Attribution:
         if not name or not pm_id:
             self.malformed += 1
             return None
-        return Uncaught(name, pm_id, self.at) if topic == EXCEPTION else self._event(message, name, pm_id)
+        if topic == EXCEPTION:
+            self._mark("exception", pm_id)
+            return Uncaught(name, pm_id, self.at)
+        return self._event(message, name, pm_id)
 
     def _event(self, message: "_Message", name: str, pm_id: str) -> Record | None:
         match message.event:
@@ -214,8 +221,10 @@ class Attribution:
         clean = not signal and (code == 0 or code in _codes(process.stop_exit_codes))
         if self._was_asked(run, process.status, known=known) or (clean and pm_id.startswith("_old_")):
             cause = self._why_asked(run)
+        elif clean and not self._has_thrown(run, code, process.exec_mode):
+            cause = Cause.EXIT
         else:
-            cause = Cause.SIGNAL if signal else Cause.EXIT if clean else Cause.CRASH
+            cause = Cause.SIGNAL if signal else Cause.CRASH
         return Exit(name=name, pm_id=pm_id, cause=cause, code=code, signal=signal, began_at=began, at=self.at)
 
     def _was_asked(self, run: "_Run", status: object, *, known: bool) -> bool:
@@ -225,16 +234,20 @@ class Attribution:
         # The second exit of a stop, the first having been missed: an ending of its own would have its log line.
         return self._speaks and not known
 
+    def _has_thrown(self, run: "_Run", code: int, mode: object) -> bool:
+        """Tell whether an uncaught exception ended this run, though its code is 0."""
+        return code == 0 and mode == "cluster_mode" and self._is_announced("exception", run.pm_id, run, THROWN)
+
     def _why_asked(self, run: "_Run") -> Cause:
         # The worker that a reload replaces was announced by the id it had until then.
         if self._is_announced("memory", run.pm_id.removeprefix("_old_"), run):
             return Cause.MEMORY_LIMIT
         return Cause.WATCH if self._is_announced("watch", run.name, run) else Cause.MANUAL
 
-    def _is_announced(self, what: str, whom: str, run: "_Run") -> bool:
+    def _is_announced(self, what: str, whom: str, run: "_Run", within: float = ANNOUNCED) -> bool:
         """Tell whether the end of this run, and not of one before it, was announced."""
         said = self._marks.get((what, whom))
-        return said is not None and run.began < said <= self.at <= said + ANNOUNCED
+        return said is not None and run.began < said <= self.at <= said + within
 
 
 class _Run(NamedTuple):
@@ -259,6 +272,7 @@ class _Process(msgspec.Struct):
     pm_id: Any = None
     status: Any = None
     pm_uptime: Any = None
+    exec_mode: Any = None
     exit_code: Any = None
     stop_exit_codes: Any = None
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tests.integration.conftest import PM2
 
 IDLE = "setInterval(() => {}, 1000)"
+THROW = "setTimeout(() => { throw new Error('boom') }, 50)"
 SERVE = "require('http').createServer((q, s) => s.end('ok')).listen(0, '127.0.0.1')"
 
 
@@ -81,8 +82,10 @@ async def pids(pm2: "PM2", name: str) -> list[int]:
 async def test_each_ending_is_counted_once_with_its_cause(pm2_daemon: "PM2") -> None:
     """A crash, a kill, a stop, a restart and a clean end, as they happen on a real PM2 of each major version."""
     async with listening(pm2_daemon) as collector:
-        await start(pm2_daemon, name="thrower", source="setTimeout(() => { throw new Error('boom') }, 50)", max_restarts=3)
+        await start(pm2_daemon, name="thrower", source=THROW, max_restarts=3)
         await expect(pm2_daemon, collector, "thrower", crash=3, exceptions=3, overlimit=1)
+        await start(pm2_daemon, name="worker", source=f"{SERVE}; {THROW}", exec_mode="cluster", max_restarts=3)
+        await expect(pm2_daemon, collector, "worker", crash=3, exceptions=3, overlimit=1)
         await start(pm2_daemon, name="job", source="setTimeout(() => process.exit(0), 50)", autorestart=False)
         await expect(pm2_daemon, collector, "job", exit=1)
         await start(pm2_daemon, name="web", source=SERVE, exec_mode="cluster", instances=2)
