@@ -83,7 +83,7 @@ def test_a_pm2_without_apps_means_the_example(clone: Clone, pm2_daemon: "PM2", s
         assert (pm2_daemon.home / "rpc.sock").exists()
     before = set(pm2_daemon.processes())
     said = clone.run(environ={"PM2_HOME": str(pm2_daemon.home)})
-    assert ("has no apps" if state == "no apps" else "does not answer") in said
+    assert ("has no apps" if state == "no apps" else "does not answer (refused)") in said
     assert online(clone.scrape(said)) == set(BOTH)
     assert set(pm2_daemon.processes()) == before
 
@@ -164,6 +164,17 @@ def test_two_at_once_do_not_meet(clone: Clone) -> None:
     assert all(online(clone.scrape(each)) == set(BOTH) for each in said)
     assert sum("already running" in each for each in said) == 1
     assert len(clone.processes()) == 4
+
+
+@pytest.mark.parametrize("arguments", [(), ("--stop",)], ids=["start", "stop"])
+def test_what_is_not_written_down_is_found_and_ended(clone: Clone, arguments: tuple[str, ...]) -> None:
+    """Where .state was cleaned away under what runs, the next run or --stop ends it all the same."""
+    clone.run()
+    left = clone.processes()
+    (clone.state / "running").unlink()
+    clone.run(*arguments)
+    assert len(left) == 4
+    assert not left & clone.processes()
 
 
 def test_a_foreign_process_is_never_ended(clone: Clone) -> None:
