@@ -107,7 +107,7 @@ CREATED = gauge(
 CPU = gauge(
     "pm2_process_cpu_ratio",
     "CPU use of the main process since anybody last asked PM2, 1 is one core: with several readers it is noise, "
-    "and pm2_process_cpu_seconds_total is not.",
+    "and pm2_process_cpu_seconds_total is not. Only while it runs.",
     _APP,
     source="PM2 monit.cpu",
 )
@@ -388,7 +388,7 @@ def _processes(processes: Iterable[Process]) -> Iterable[Metric]:
         unstable.append((app, process.unstable_restarts))
         started.append((app, process.started_at if process.is_running else None))
         created.append((app, process.created_at))
-        cpu.append((app, None if process.cpu is None else round(process.cpu / 100, 6)))
+        cpu.append((app, round(process.cpu / 100, 6) if process.is_running and process.cpu is not None else None))
         max_memory.append((app, process.max_memory_restart))
     yield Metric(INFO, info)
     yield Metric(MODULE, module)

@@ -132,11 +132,12 @@ def test_every_status_is_counted() -> None:
     assert len(starting(lines, 'pm2_process_status{name="a",pm_id="0"')) == len(Status)
 
 
-def test_a_start_time_is_for_what_runs() -> None:
-    """PM2 keeps the time of the last start; shown for a stopped process it would be an uptime that grows."""
-    processes = [Process(name="a", pm_id=i, pid=pid, started_at=5.0, created_at=4.0) for i, pid in enumerate((7, 0))]
+def test_a_start_time_and_a_use_of_cpu_are_for_what_runs() -> None:
+    """PM2 keeps the time of the last start, which would be an uptime that grows, and calls the CPU of what is stopped 0."""
+    processes = [Process(name="a", pm_id=i, pid=pid, started_at=5.0, created_at=4.0, cpu=0) for i, pid in enumerate((7, 0))]
     lines = page(listed(*processes))
     assert starting(lines, "pm2_process_start_time") == ['pm2_process_start_time_seconds{name="a",pm_id="0"} 5.0']
+    assert starting(lines, "pm2_process_cpu_ratio") == ['pm2_process_cpu_ratio{name="a",pm_id="0"} 0.0']
     assert len(starting(lines, "pm2_process_created")) == 2
 
 
