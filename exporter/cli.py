@@ -201,7 +201,7 @@ async def _serve(exporter: Exporter, gate: WebGate, addresses: Sequence[tuple[st
     loop.add_signal_handler(signal.SIGHUP, hung_up.set)
     logging.getLogger("aiohttp.server").addFilter(_is_our_fault)
     runner = web.AppRunner(
-        exporter.app([gate.middleware]), access_log=None, shutdown_timeout=5, keepalive_timeout=KEEPALIVE
+        exporter.app([gate.middleware]), access_log=None, shutdown_timeout=0.5, keepalive_timeout=KEEPALIVE
     )
     await runner.setup()
     try:

@@ -4,6 +4,7 @@ Sources: a ping through pymongo, then the commands hello, buildInfo and serverSt
 may not ask for serverStatus is still told whether MongoDB is up.
 """
 
+import asyncio
 import time
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -81,9 +82,12 @@ class MongodbCollector:
     def __init__(self, options: MongodbOptions) -> None:
         """Look at the MongoDB of these options; at none where they name none."""
         self._mongo = None if options.uri is None else Mongo(options.uri, options.timeout)
+        self._reads: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
-        """Close the client."""
+        """Close the client, when no read needs it any more: each ends by its deadline, and would open it anew."""
+        if self._reads:
+            await asyncio.wait(self._reads)
         if self._mongo is not None:
             await self._mongo.close()
 
@@ -92,8 +96,14 @@ class MongodbCollector:
         if self._mongo is None:
             return None
         until = time.perf_counter() + within
-        ping = await self._mongo.ping(within)
-        return MongodbSeen(ping, await self._mongo.facts(until - time.perf_counter()) if ping.is_up else None)
+        done = asyncio.get_running_loop().create_future()
+        self._reads.add(done)
+        try:
+            ping = await self._mongo.ping(within)
+            return MongodbSeen(ping, await self._mongo.facts(until - time.perf_counter()) if ping.is_up else None)
+        finally:
+            self._reads.discard(done)
+            done.set_result(None)
 
     def metrics(self, seen: MongodbSeen | None) -> Iterable[Metric]:
         """Turn what was seen into metrics."""

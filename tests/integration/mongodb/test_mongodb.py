@@ -40,6 +40,19 @@ async def test_a_server_is_up_and_tells_of_itself(mongod: "Mongod", look: Looks)
     assert {name.partition("{")[0] for name in samples} == NAMES - {"mongodb_mongod_replset_my_state"}
 
 
+async def test_closing_waits_for_those_who_look(mongod: "Mongod", look: Looks) -> None:
+    """A reload amid scrapes neither tells them that MongoDB is down nor leaves a client behind."""
+    at = look(mongod.uri)
+    before = asyncio.all_tasks()
+    for turns in range(1, 40, 4):
+        looks = [asyncio.create_task(at.why()) for _ in range(3)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await at.collector.close()
+        assert await asyncio.gather(*looks) == ["", "", ""]
+        assert asyncio.all_tasks() == before
+
+
 async def test_a_killed_server_is_refused_and_comes_back_by_itself(mongod: "Mongod", look: Looks) -> None:
     """After a crash the reason is told at once and not after the timeout; after a start it is up again."""
     at = look(mongod.uri, 30)
