@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import subprocess
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,8 @@ from exporter.cli import parser
 from exporter.collectors import COLLECTORS
 from exporter.config import Config
 from exporter.grammar import decode, json_schema
+from exporter.server import Exporter, Settings
+from exporter.webconfig import WebConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -73,11 +76,30 @@ EXAMPLES = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "configuration.md")
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_examples_in_the_documentation_are_valid(example: str) -> None:
-    """Every YAML example of configuration.md is read as it stands, and keeps the JSON Schema."""
+    """Every YAML example of configuration.md is read as it stands, and an exporter.yml keeps the JSON Schema."""
     environ = dict.fromkeys(re.findall(r"\$\{(\w+)\}", example), "value")
-    if not example.startswith("# web.yml"):
+    if example.startswith("# web.yml"):
+        decode(example, WebConfig, file="example", environ=environ)
+    elif example.startswith("# prometheus.yml"):
+        promtool = ["promtool", "check", "config", "--syntax-only", "/dev/stdin"]
+        done = subprocess.run(promtool, input=example, capture_output=True, text=True, check=False)  # noqa: S603
+        assert done.returncode == 0, done.stderr
+    else:
         decode(re.sub(r"\{file: [^}]*\}", "text", example), Config, file="example", environ=environ)
         jsonschema.Draft202012Validator(json_schema(Config, title="x")).validate(yaml.safe_load(example) or {})
+
+
+def test_every_endpoint_is_documented() -> None:
+    """The table of endpoints names every path that is served, with its methods, and no other."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    served: dict[str, set[str]] = {}
+    for route in Exporter(Config, Settings()).app().router.routes():
+        assert route.resource
+        served.setdefault(route.resource.canonical, set()).add(route.method)
+    documented = {
+        path: set(methods.split(", ")) for path, methods in re.findall(r"^\| `(/\S*)` \| ([A-Z, ]+) \|", text, re.MULTILINE)
+    }
+    assert documented == {path: methods - {"HEAD"} for path, methods in served.items()}
 
 
 def test_every_collector_is_documented(generate: ModuleType) -> None:
