@@ -187,11 +187,18 @@ class _Connection(asyncio.BufferedProtocol):
         self.ended: asyncio.Future[Down] = self._loop.create_future()
         self._transport: asyncio.BaseTransport | None = None
         self._least_lag = math.inf
+        self._alive_at = self._loop.time()
+        self._was_held_up = False
         self._pulse()
 
     def _pulse(self) -> None:
+        # A process that was stopped comes to its timers first. What waited is read next, before the pulse after this one.
+        self._was_held_up = self._is_held_up()
         self._alive_at = self._loop.time()
         self._next_pulse = self._loop.call_later(PULSE, self._pulse)
+
+    def _is_held_up(self) -> bool:
+        return self._loop.time() - self._alive_at > self._max_lag
 
     def hang_up(self, why: Down) -> None:
         """End the connection, for this reason."""
@@ -208,8 +215,8 @@ class _Connection(asyncio.BufferedProtocol):
         return self._subscriber.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
-        # The loop serves sockets before timers: after a hold-up, the pulse is still the one from before it.
-        if nbytes >= BACKLOG and self._loop.time() - self._alive_at > self._max_lag:
+        # A loop that was busy serves sockets before timers: the pulse is still the one from before the hold-up.
+        if nbytes >= BACKLOG and (self._was_held_up or self._is_held_up()):
             self.hang_up(Down.BEHIND)
             return
         said = 0.0

@@ -7,6 +7,7 @@ import signal
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -211,6 +212,23 @@ def test_descriptors_exhausted(watched: "Exporter") -> None:
         finally:
             resource.prlimit(watched.pid, resource.RLIMIT_NOFILE, before)
     heals(watched)
+
+
+def test_a_frozen_exporter_leaves_the_backlog_to_nobody(start: "Start", pm2_daemon: "PM2") -> None:
+    """Frozen while PM2 had much to say, the exporter hangs up once it goes on, and subscribes anew."""
+    chatter = "setInterval(() => { for (let i = 0; i < 20; i++) process.stdout.write('y'.repeat(8000) + '\\n') }, 20)"
+    exporter = start(f"{{pm2: {{home: {pm2_daemon.home}}}, events: {{max_lag: 1s}}}}")
+    exporter.until(lambda: exporter.scrape().value("pm2_exporter_events_connected") == 1)
+    pm2_daemon.start({"name": "chatter", "source": chatter, "out_file": "/dev/null"})
+    daemon = psutil.Process(pm2_daemon.pid)
+    before = daemon.memory_info().rss
+    os.kill(exporter.pid, signal.SIGSTOP)
+    frozen = time.monotonic()
+    # So much that no kernel buffer holds it, and for longer than may be.
+    pm2_daemon.until(lambda: daemon.memory_info().rss > before + 8 * 2**20 and time.monotonic() > frozen + 1.5)
+    os.kill(exporter.pid, signal.SIGCONT)
+    exporter.until(lambda: exporter.scrape().value("pm2_exporter_events_disconnects_total", reason="behind") == 1, within=5)
+    exporter.until(lambda: exporter.scrape().value("pm2_exporter_events_connected") == 1)
 
 
 def test_thousand_scrapes_leave_no_trace(watched: "Exporter") -> None:
