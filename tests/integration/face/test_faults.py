@@ -121,7 +121,7 @@ def test_socket_full_of_nonsense(start: "Start", short_folder: Path, speech: byt
     """Whatever answers on rpc.sock and pub.sock, the scrape ends in time and says what it met."""
     home = short_folder
     with _talking(home / "rpc.sock", speech), _talking(home / "pub.sock", speech):
-        exporter = start(f"pm2: {{home: {home}}}")
+        exporter = start(f"pm2: {{home: {home}, timeout: 500ms}}")
         for _ in range(3):
             page = exporter.scrape(timeout=TIMEOUT)
             assert why_down(page) in reasons
