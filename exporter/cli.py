@@ -9,6 +9,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import resource
 import signal
 import sys
@@ -138,8 +139,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
+_PATH = re.compile(r"/|(/[\w~-][\w.~-]*)+/?")
+
+
 def _telemetry_path(text: str) -> str:
-    if not text.startswith("/") or any(char in text for char in "{}?# ") or text.startswith(("/-/", "/probe")):
+    if not _PATH.fullmatch(text) or text.startswith(("/-/", "/probe")):
         raise argparse.ArgumentTypeError(f"{text!r} is not a path such as /metrics, or is taken")
     return text
 

@@ -312,7 +312,8 @@ class ProbeModule(Strict, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Hold that the prober is one that there is."""
-        others = [name for name in ("tcp", "dns", "icmp", "grpc") if getattr(self, name) is not None]
-        if self.prober != "http" or others:
-            name = self.prober if self.prober != "http" else others[0]
-            raise ValueError(f"prober: {name!r} is not built in; only http is (for others run blackbox_exporter)")
+        if self.prober != "http":
+            raise ValueError(f"prober: {self.prober!r} is not built in; only http is (for others run blackbox_exporter)")
+        for key in ("tcp", "dns", "icmp", "grpc"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"{key}: only the http prober is built in (for others run blackbox_exporter)")

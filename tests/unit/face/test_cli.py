@@ -35,13 +35,21 @@ def test_what_is_no_address(text: str) -> None:
         address(text)
 
 
-@pytest.mark.parametrize("path", ["metrics", "", "/-/healthy", "/probe", "/{x}", "/a?b", "/a#b", "/a b"])
+@pytest.mark.parametrize(
+    "path", ["metrics", "", "/-/healthy", "/probe", "/{x}", "/a?b", "/a#b", "/a b", "/%6D", "//a", "/..", "/a\nb", '/a"']
+)
 def test_telemetry_paths_that_cannot_be(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The metrics cannot be served on no path, on a pattern, or where something else is."""
     with pytest.raises(SystemExit) as ended:
         parser().parse_args([f"--web.telemetry-path={path}"])
     assert ended.value.code == 2
     assert "is not a path such as /metrics, or is taken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/m", "/a/b.c/", "/-", "/a_b-c~1", "/é"])
+def test_telemetry_paths(path: str) -> None:
+    """The metrics may be served on any plain path, the root too."""
+    assert parser().parse_args([f"--web.telemetry-path={path}"]).telemetry_path == path
 
 
 @pytest.mark.parametrize("name", COLLECTORS)

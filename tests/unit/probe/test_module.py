@@ -107,7 +107,7 @@ WRONG = {
     "prober: tcp": "prober: 'tcp' is not built in; only http is (for others run blackbox_exporter)",
     "prober: tcp\ntcp:\n  tls: true": "prober: 'tcp' is not built in",
     "prober: icmp\nicmp:\n  ttl: 5": "prober: 'icmp' is not built in",
-    "dns:\n  query_name: example.com": "prober: 'dns' is not built in",
+    "dns:\n  query_name: example.com": "dns: only the http prober is built in",
     "prober: grpc\ngrpc:\n  tls: true": "prober: 'grpc' is not built in",
     "timeout: 5": "expected a duration with its unit",
     "http:\n  proxy_url: http://proxy:3128": "proxy_url: probes do not go through a proxy",
