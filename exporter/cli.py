@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         gate = WebGate(flags.web_config_file, os.environ)
         read = _reader(flags.config_file)
-        read()
         if flags.config_check:
+            read()
             print("pm2-exporter: the configuration is valid")  # noqa: T201 -- what was asked for
             return 0
         exporter = Exporter(read, _settings(flags))

@@ -1,7 +1,9 @@
 """`exporter.yml`: one section a collector, each declared beside the collector that it configures."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from exporter.collectors import COLLECTORS, FED_BY_PM2, Watched
 from exporter.collectors.directory import DirectoryOptions
@@ -15,11 +17,13 @@ from exporter.collectors.process import ProcessOptions
 from exporter.grammar import Strict, default
 from exporter.scrape import Collector
 
+_KNOWN = msgspec.Meta(extra_json_schema={"propertyNames": {"enum": list(COLLECTORS)}})
+
 
 class Config(Strict, frozen=True, kw_only=True):
     """The whole file; every section may be left out."""
 
-    collectors: dict[str, bool] = default({})
+    collectors: Annotated[dict[str, bool], _KNOWN] = default({})
     """Which collectors are on, by name; one that is not named here is on. A `--[no-]collector.NAME` flag wins."""
     pm2: PM2Options = default(PM2Options())
     """PM2's process list."""

@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
+import msgspec
 import yaml
 from yarl import URL
 
@@ -54,7 +55,7 @@ class HttpOptions(Strict, frozen=True, kw_only=True):
     """Ways to probe, by name, as in blackbox_exporter's file. `http_2xx`, a GET that wants a 2xx, is there already."""
     targets: tuple[HttpTarget, ...] = ()
     """The endpoints probed at every scrape (default: none)."""
-    concurrency: int = 20
+    concurrency: Annotated[int, msgspec.Meta(ge=1)] = 20
     """How many of them are probed at the same time (default 20)."""
     allow: tuple[str, ...] = DEFAULT_ALLOW
     """What /probe may reach besides the targets above: names (`api.internal`, `*.example.com`, `example.com:8443`),
@@ -65,8 +66,6 @@ class HttpOptions(Strict, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Hold what a field's type cannot say."""
-        if self.concurrency < 1:
-            raise ValueError("concurrency: at least 1 probe must run at a time")
         labels = set()
         for index, target in enumerate(self.targets):
             try:

@@ -1,5 +1,6 @@
 """What is documented and what the code does are the same."""
 
+import contextlib
 import importlib.util
 import re
 import subprocess
@@ -8,13 +9,15 @@ from pathlib import Path
 from types import ModuleType
 
 import jsonschema
+import msgspec
 import pytest
 import yaml
 
 from exporter.cli import parser
 from exporter.collectors import COLLECTORS
 from exporter.config import Config
-from exporter.grammar import decode, json_schema
+from exporter.grammar import ConfigError, decode, json_schema, sections
+from exporter.probe.module import JsonAssertion
 from exporter.server import Exporter, Settings
 from exporter.webconfig import WebConfig
 
@@ -87,6 +90,51 @@ def test_examples_in_the_documentation_are_valid(example: str) -> None:
     else:
         decode(re.sub(r"\{file: [^}]*\}", "text", example), Config, file="example", environ=environ)
         jsonschema.Draft202012Validator(json_schema(Config, title="x")).validate(yaml.safe_load(example) or {})
+
+
+SCHEMA = json_schema(Config, title="x")
+ODD = (
+    None,
+    True,
+    0,
+    -1,
+    7,
+    5.5,
+    5.0,
+    "",
+    "x",
+    "5s",
+    "0",
+    "1MB",
+    "64 MiB",
+    "/x",
+    "(",
+    "http://x/",
+    "GET",
+    "ip4",
+    "TLS12",
+    "gzip",
+    "http",
+)
+ODD += ([], {}, ["x"], [7], {"x": True}, {"x": "x"}, {"x": {}}, {"file": __file__}, [{"url": "x"}], [{"path": "/x"}])
+
+
+@pytest.mark.parametrize("section", list(sections(Config)), ids=lambda section: section.__name__)
+def test_schema_refuses_nothing_that_is_read(section: type[msgspec.Struct]) -> None:
+    """Whatever value the exporter takes for a key, an editor that keeps the JSON Schema takes too; each key takes one."""
+    schema = SCHEMA["$defs"][section.__name__]
+    valid = jsonschema.Draft202012Validator({**schema, "$defs": SCHEMA["$defs"]}).is_valid
+    needed = dict.fromkeys(schema.get("required", ()), "/x")
+    for key in schema["properties"]:
+        read = []
+        rest = {"equals": 1} if section is JsonAssertion and key == "path" else {}
+        for value in ODD:
+            tree = {**needed, **rest, key: value}
+            with contextlib.suppress(ConfigError):
+                decode(yaml.safe_dump(tree), section, file="x.yml", environ={})
+                read.append(tree)
+        assert read, f"no value is good enough for {key}"
+        assert [tree for tree in read if not valid(tree)] == []
 
 
 def test_every_endpoint_is_documented() -> None:

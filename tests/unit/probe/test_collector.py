@@ -86,7 +86,7 @@ WRONG = {
     "{targets: [{url: a}, {url: b, module: x}]}": "targets[1].module: there is no module 'x'; there are: http_2xx",
     "{targets: [{url: 'a?x'}, {url: 'a?y'}]}": "targets[1]: another target is 'http://a/' with the module 'http_2xx' too",
     "{targets: [{name: n}]}": "the key 'url' is required",
-    "{concurrency: 0}": "concurrency: at least 1 probe must run at a time",
+    "{concurrency: 0}": "http.concurrency: Expected `int` >= 1",
     "{allow: ['10.0.0.1/8']}": "allow[0]: '10.0.0.1/8' is no network: 10.0.0.1/8 has host bits set",
     "{allow: ['10.0.0']}": "allow[0]: '10.0.0' is no network",
     "{allow: ['a b']}": "allow[0]: 'a b' is no host name, network or URL prefix",
