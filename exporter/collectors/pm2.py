@@ -528,8 +528,10 @@ class _Look(NamedTuple):
 class _Files:
     """Looks at files in a thread, one look at a time: a log file on a dead network share can make stat(2) hang for good."""
 
-    def __init__(self, stat_of: Callable[[str], os.stat_result] = os.stat) -> None:
-        self._stat_of = stat_of
+    def __init__(
+        self, stat_of: Callable[[str], os.stat_result] = os.stat, thread: Callable[..., threading.Thread] = threading.Thread
+    ) -> None:
+        self._stat_of, self._thread = stat_of, thread
         self._look: _Look | None = None
 
     async def look(self, paths: Sequence[str], within: float) -> dict[str, _File]:
@@ -537,7 +539,10 @@ class _Files:
         now = time.monotonic()
         look = self._look
         if look is None or look.done.is_set():
-            look = self._look = self._begin(paths, now)
+            try:
+                look = self._look = self._begin(paths, now)
+            except RuntimeError:  # no thread can be had; what PM2 says is worth no less for that
+                return {}
         left = min(within, look.begun + _LOOKED_WITHIN - now)
         if left <= 0:
             return {}
@@ -557,7 +562,7 @@ class _Files:
                 with suppress(RuntimeError):  # the loop may be closed by now
                     loop.call_soon_threadsafe(look.done.set)
 
-        threading.Thread(target=run, name="PM2's files", daemon=True).start()
+        self._thread(target=run, name="PM2's files", daemon=True).start()
         return look
 
     def _stat_each(self, paths: Iterable[str], found: dict[str, _File], *, until: float) -> None:

@@ -49,7 +49,7 @@ class Down(StrEnum):
     REPLACED = "replaced"
     """We hung up: another daemon has put its own pub.sock in place."""
     UNREACHABLE = "unreachable"
-    """Any other error of the operating system, such as no free file descriptors."""
+    """Any other error of the operating system, such as no free file descriptors, or no thread."""
 
 
 class Patience(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,7 +130,7 @@ class Subscriber:
             # A home on a file server that hangs must not hold up the event loop.
             identity = await asyncio.to_thread(_identity, self._path)
             transport, connection = await loop.create_unix_connection(self._connection, sock=_connected(self._path))
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: no thread can be had
             return _REASONS.get(type(error), Down.UNREACHABLE)
         try:
             self.connections += 1
@@ -138,7 +138,7 @@ class Subscriber:
             log.info("hearing PM2's events")
             while not connection.ended.done():
                 await asyncio.wait((connection.ended,), timeout=self._patience.glance)
-                with suppress(OSError):
+                with suppress(OSError, RuntimeError):
                     if await asyncio.to_thread(_identity, self._path) != identity:
                         connection.hang_up(Down.REPLACED)
             return connection.ended.result()
@@ -151,7 +151,7 @@ class Subscriber:
         return _Connection(self, self._patience.max_lag)
 
 
-_REASONS: Final[dict[type[OSError], Down]] = {
+_REASONS: Final[dict[type[Exception], Down]] = {
     FileNotFoundError: Down.NO_SOCKET,
     NotADirectoryError: Down.NO_SOCKET,
     ConnectionRefusedError: Down.REFUSED,

@@ -296,6 +296,18 @@ async def test_a_hanging_disk_cannot_hang_a_scrape(tmp_path: Path) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_a_machine_without_a_thread_to_spare_costs_the_files_alone(tmp_path: Path) -> None:
+    """Where an app has used up what processes its user may have, no file is looked at, and PM2 is still told of."""
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    (tmp_path / "out").touch()
+    files = pm2._Files(thread=NoThread)  # noqa: SLF001 -- a machine cannot be used up here
+    assert await files.look([str(tmp_path / "out")], 5) == {}
+
+
 def test_the_catalogue_is_complete() -> None:
     """Every metric that a page can hold is in DESCS, once."""
     monitors = tuple(Monitor(name, 1.0, "") for name in [*pm2._STANDARD, "own"])  # noqa: SLF001 -- the list itself
