@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bcrypt
 import pytest
 import requests
+import trustme
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 if TYPE_CHECKING:
@@ -73,14 +75,19 @@ def _mirrored(complaint: str) -> bool:
     return complaint.startswith(("node_", "mongodb_", "probe_"))
 
 
-@pytest.mark.parametrize("server", SERVERS)
-def test_prometheus_has_no_complaint(exporter: "Exporter", server: str, tmp_path: Path) -> None:
+@pytest.fixture(params=SERVERS)
+def binary(request: pytest.FixtureRequest) -> str:
+    """Return the program of each Prometheus."""
+    found = SERVERS[request.param]
+    if not found or not Path(found).exists():
+        assert not os.environ.get("CI"), f"{request.param} Prometheus is missing"
+        pytest.skip(f"{request.param} Prometheus is not on this machine")
+    return found
+
+
+def test_prometheus_has_no_complaint(exporter: "Exporter", binary: str, tmp_path: Path) -> None:
     """A real Prometheus scrapes the estate: the target is up, every series is stored, nothing is logged as wrong."""
-    binary = SERVERS[server]
-    if not binary or not Path(binary).exists():
-        assert not os.environ.get("CI"), f"{server} Prometheus is missing"
-        pytest.skip(f"{server} Prometheus is not on this machine")
-    with prometheus(binary, exporter, tmp_path) as (url, log):
+    with prometheus(binary, exporter, tmp_path, {}) as (url, log):
         answer = exporter.until(lambda: query(url, "sum_over_time(up[1m]) > 3"))
         assert answer
         target = requests.get(f"{url}/api/v1/targets", timeout=10).json()["data"]["activeTargets"][0]
@@ -96,6 +103,37 @@ def test_prometheus_has_no_complaint(exporter: "Exporter", server: str, tmp_path
     assert not [line for line in bad if "scrape" in line]
 
 
+def test_prometheus_scrapes_behind_tls_and_password(start: "Start", binary: str, tmp_path: Path) -> None:
+    """With a client certificate and a password a real Prometheus scrapes, across a change of the server's certificate."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    authority.issue_cert("prometheus").private_key_and_cert_chain_pem.write_to_path(tmp_path / "client.pem")
+
+    def renew() -> None:
+        authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(tmp_path / "server.pem")
+
+    renew()
+    client = "client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.pem"
+    tls = f"{{cert_file: server.pem, key_file: server.pem, {client}}}"
+    password = bcrypt.hashpw(b"s3cr3t", bcrypt.gensalt(4)).decode()
+    (tmp_path / "web.yml").write_text(f"tls_server_config: {tls}\nbasic_auth_users: {{prometheus: '{password}'}}")
+    flags = (f"--web.config.file={tmp_path}/web.yml", "--collector.disable-defaults", "--collector.host")
+    files = {"ca_file": "ca.pem", "cert_file": "client.pem", "key_file": "client.pem"}
+    job = {"scheme": "https", "tls_config": {key: f"{tmp_path}/{name}" for key, name in files.items()}}
+    exporter = start("", *flags)
+    with prometheus(
+        binary, exporter, tmp_path, {**job, "basic_auth": {"username": "prometheus", "password": "s3cr3t"}}
+    ) as (url, _):
+        exporter.until(lambda: query(url, "sum_over_time(up[1m]) > 1"))
+        renew()
+        exporter.until(lambda: query(url, "sum_over_time(up[1m]) > 2"))
+        assert query(url, "min_over_time(up[1m])")[0]["value"][1] == "1"
+    with prometheus(binary, exporter, tmp_path, job) as (url, _):
+        exporter.until(lambda: query(url, 'up{job="pm2"} == 0'))
+        target = requests.get(f"{url}/api/v1/targets", timeout=10).json()["data"]["activeTargets"][0]
+        assert "401" in target["lastError"]
+
+
 def query(url: str, expression: str) -> list[dict[str, Any]]:
     """Return the result of an instant query."""
     answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10).json()
@@ -105,9 +143,9 @@ def query(url: str, expression: str) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def prometheus(binary: str, exporter: "Exporter", folder: Path) -> Iterator[tuple[str, Path]]:
-    """Run a Prometheus that scrapes `exporter` every second; yield its URL and its log."""
-    jobs = [{"job_name": "pm2", "static_configs": [{"targets": [exporter.address]}]}]
+def prometheus(binary: str, exporter: "Exporter", folder: Path, job: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """Run a Prometheus that scrapes `exporter` every second, as `job` says; yield its URL and its log."""
+    jobs = [{**job, "job_name": "pm2", "static_configs": [{"targets": [exporter.address]}]}]
     config, log, url = folder / "prometheus.yml", folder / "prometheus.log", f"http://127.0.0.1:{free_port()}"
     config.write_text(json.dumps({"global": {"scrape_interval": "1s", "scrape_timeout": "1s"}, "scrape_configs": jobs}))
     flags = [f"--config.file={config}", f"--storage.tsdb.path={folder}/tsdb", f"--web.listen-address={url[7:]}"]
