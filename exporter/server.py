@@ -35,6 +35,7 @@ from exporter.exposition import (
     single,
 )
 from exporter.grammar import ConfigError
+from exporter.probe.aside import aside
 from exporter.scrape import DURATION, SUCCESS, Collector, Outcome, account, budget, scrape
 
 log = logging.getLogger("exporter")
@@ -140,8 +141,8 @@ class Exporter:
         """Read the configuration again; when it is wrong, raise ConfigError and leave the old one in force."""
         async with self._reloading:
             try:
-                # Elsewhere: to read a long file takes seconds.
-                config = await asyncio.to_thread(self._read_config)
+                # To read a long file takes seconds, and one on a dead network filesystem never ends.
+                config = await aside(self._read_config)
                 await self._apply(config)
             except Exception as error:
                 self._reload_ok = False
