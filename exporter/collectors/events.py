@@ -45,7 +45,9 @@ _CONNECTED = gauge(
 )
 _DOWN = gauge(
     "pm2_exporter_events_down_reason",
-    "Why the exporter is not subscribed to PM2's events: 1 for the reason that holds.",
+    "Why the exporter is not subscribed to PM2's events: 1 for the reason that holds, 0 for the others: not_started,"
+    " no_socket (ended cleanly, never started, or asked by a command), refused (crashed), permission, timeout (frozen),"
+    " unreachable, and until it subscribes anew closed, behind, nonsense, replaced.",
     ("reason",),
     source="connecting to pub.sock",
 )
