@@ -13,8 +13,10 @@ import logging
 import os
 import re
 import ssl
+import warnings
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -160,18 +162,24 @@ def tls_context(options: TlsServer, folder: Path) -> ssl.SSLContext:
 
 def _tls_context(options: TlsServer, folder: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = _VERSIONS[options.min_version]
-    context.maximum_version = _VERSIONS[options.max_version]
+    with warnings.catch_warnings():
+        # Old versions are deprecated; whoever asks for one by name knows.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        context.minimum_version = _VERSIONS[options.min_version]
+        context.maximum_version = _VERSIONS[options.max_version]
     # Without a password at hand, OpenSSL would ask the terminal for one, and wait.
     context.load_cert_chain(folder / options.cert_file, folder / options.key_file, password="")
     context.verify_mode = _CLIENT_AUTH[options.client_auth_type]
     if options.client_ca_file:
         context.load_verify_locations(folder / options.client_ca_file)
     older = [_CIPHERS[suite] for suite in options.cipher_suites if suite in _CIPHERS]
-    if older:
-        context.set_ciphers(":".join(older))
-    elif options.cipher_suites:
+    if options.cipher_suites and not older:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
+    elif options.min_version in ("TLS10", "TLS11"):
+        # OpenSSL 3 signs nothing with SHA-1, as these versions must, at its default security level.
+        context.set_ciphers(":".join(older or ["DEFAULT"]) + ":@SECLEVEL=0")
+    elif older:
+        context.set_ciphers(":".join(older))
     if options.prefer_server_cipher_suites:
         context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     for curve in options.curve_preferences:
@@ -287,7 +295,9 @@ def credentials(header: str) -> tuple[str, str] | None:
 
 def _has_san(request: web.Request, allowed: tuple[str, ...]) -> bool:
     certificate: Any = request.transport and request.transport.get_extra_info("peercert")
-    return any(value in allowed for _, value in (certificate or {}).get("subjectAltName", ()))
+    names = (certificate or {}).get("subjectAltName", ())
+    # OpenSSL writes ::1 as 0:0:0:0:0:0:0:1.
+    return any((str(ip_address(name)) if kind == "IP Address" else name) in allowed for kind, name in names)
 
 
 class _FreshContext(ssl.SSLContext):

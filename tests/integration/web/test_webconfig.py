@@ -121,6 +121,23 @@ async def test_tls_version_and_suite(serve: Serve, authority: trustme.CA) -> Non
 
 
 @pytest.mark.usefixtures("server_files")
+@pytest.mark.filterwarnings("ignore:ssl.TLSVersion:DeprecationWarning")
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_3])
+async def test_old_versions_are_spoken_where_they_are_asked_for(
+    serve: Serve, authority: trustme.CA, version: ssl.TLSVersion
+) -> None:
+    """min_version is not only taken: a client that knows nothing newer is served, and by default it is not."""
+    client = trusting(authority)
+    client.set_ciphers("DEFAULT:@SECLEVEL=0")
+    client.minimum_version = client.maximum_version = version
+    assert (await get("https://" + await serve(TLS + ", min_version: TLS10}"), ssl=client))[0] == 200
+    default = "https://" + await serve(TLS + "}")
+    if version is not ssl.TLSVersion.TLSv1_3:
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await get(default, ssl=client)
+
+
+@pytest.mark.usefixtures("server_files")
 async def test_only_new_suites_mean_only_the_new_version(serve: Serve, authority: trustme.CA) -> None:
     """Where only TLS 1.3's suites are allowed, a client of TLS 1.2 is not served with others."""
     where = await serve(TLS + ", cipher_suites: [TLS_AES_128_GCM_SHA256]}")
@@ -153,16 +170,19 @@ def test_encrypted_key_is_refused(tmp_path: Path, server_files: trustme.LeafCert
 async def test_client_certificates(serve: Serve, authority: trustme.CA) -> None:
     """Only a client with a certificate of the authority, and with an allowed name, is let in."""
     text = (
-        TLS + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.pem, client_allowed_sans: [prometheus]}"
+        TLS
+        + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.pem, client_allowed_sans: [prometheus, '::1']}"
     )
     url = "https://" + await serve(text)
     with pytest.raises(aiohttp.ClientError):
         await get(url, ssl=trusting(authority))
-    known, named, stranger = trusting(authority), trusting(authority), trusting(authority)
+    known, named, numbered, stranger = (trusting(authority) for _ in range(4))
     authority.issue_cert("someone").configure_cert(known)
     authority.issue_cert("prometheus").configure_cert(named)
+    authority.issue_cert("::1").configure_cert(numbered)
     trustme.CA().issue_cert("prometheus").configure_cert(stranger)
     assert (await get(url, ssl=named))[:2] == (200, "hello")
+    assert (await get(url, ssl=numbered))[:2] == (200, "hello")
     assert (await get(url, ssl=known))[0] == 403
     with pytest.raises(aiohttp.ClientError):
         await get(url, ssl=stranger)
