@@ -74,13 +74,21 @@ class Proc:
 
     def table(self) -> dict[int, Stat]:
         """Return every process that can be seen, by pid, in one pass; not those that their parent is just done with."""
+        return self.stats(self.pids())
+
+    def pids(self) -> list[int]:
+        """Return the pid of every process that can be seen."""
+        names = os.listdir(self._root)  # noqa: PTH208 -- pathlib costs more than the system call
+        return [int(name) for name in names if name.isdecimal()]
+
+    def stats(self, pids: Iterable[int]) -> dict[int, Stat]:
+        """Return those of these processes that are still there."""
         root, found = self._root, {}
-        for name in os.listdir(root):  # noqa: PTH208 -- pathlib costs more than the system call
-            if name.isdecimal():
-                with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                    stat = _stat(_read(f"{root}/{name}/stat", 1024))
-                    if stat.state != b"X":
-                        found[int(name)] = stat
+        for pid in pids:
+            with suppress(FileNotFoundError, ProcessLookupError, PermissionError):
+                stat = _stat(_read(f"{root}/{pid}/stat", 1024))
+                if stat.state != b"X":
+                    found[pid] = stat
         return found
 
     def usage(self, pid: int) -> Usage | None:

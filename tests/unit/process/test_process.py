@@ -148,6 +148,13 @@ async def test_that_nothing_can_be_seen_is_a_failure(fake: "FakeProc") -> None:
     assert await scrape(ProcessCollector(ProcessOptions(), Fixed(), fake.root)) == {}
 
 
+async def test_the_only_app_dying_at_the_first_look_is_no_hidden_process(fake: "FakeProc") -> None:
+    """Where PM2's daemon can be seen, a process that cannot has ended since PM2 listed it."""
+    fake.add(DAEMON, 1)
+    samples = await scrape(ProcessCollector(ProcessOptions(), Fixed(app("web", 0, 10)), fake.root))
+    assert "resident_memory_bytes" not in of(samples, 0)
+
+
 async def test_hidden_io_of_one_process_hides_the_sum_and_nothing_else(fake: "FakeProc") -> None:
     """A sum that lacks a part is not told; the other app's is."""
     fake.add(10, DAEMON)
@@ -210,20 +217,20 @@ async def test_without_descriptors_of_our_own_the_scrape_fails_and_no_count_is_l
 
 
 async def test_a_read_that_hangs_costs_its_scrape_and_no_later_one(fake: "FakeProc") -> None:
-    """A file that does not answer holds up neither the loop nor the deadline; once it answers, all is as before."""
-    fake.add(10, DAEMON)
+    """A process that sleeps uninterruptibly holds up neither loop nor deadline; once it answers, all is as before."""
+    fake.add(10, DAEMON, state="D")
     collector = ProcessCollector(ProcessOptions(), Fixed(app("web", 0, 10)), fake.root)
     await scrape(collector)
-    stat = fake.root / "10" / "stat"
-    text = stat.read_text()
-    stat.unlink()
-    os.mkfifo(stat)
+    io = fake.root / "10" / "io"
+    text = io.read_text()
+    io.unlink()
+    os.mkfifo(io)
     for _ in range(3):
         with pytest.raises(TimeoutError):
             await collector.read(0.05)
-    writer = await asyncio.to_thread(stat.open, "w")
-    stat.unlink()
-    stat.write_text(text)
+    writer = await asyncio.to_thread(io.open, "w")
+    io.unlink()
+    io.write_text(text)
     with writer:
         writer.write(text)
     assert of(await scrape(collector), 0)["tree_processes"] == 1
