@@ -169,10 +169,8 @@ def test_encrypted_key_is_refused(tmp_path: Path, server_files: trustme.LeafCert
 @pytest.mark.usefixtures("server_files")
 async def test_client_certificates(serve: Serve, authority: trustme.CA) -> None:
     """Only a client with a certificate of the authority, and with an allowed name, is let in."""
-    text = (
-        TLS
-        + ", client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.pem, client_allowed_sans: [prometheus, '::1']}"
-    )
+    client = "client_auth_type: RequireAndVerifyClientCert, client_ca_file: ca.pem"
+    text = f"{TLS}, {client}, client_allowed_sans: [prometheus, '::1']}}"
     url = "https://" + await serve(text)
     with pytest.raises(aiohttp.ClientError):
         await get(url, ssl=trusting(authority))
