@@ -45,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     add = flags.add_argument
-    add("--config.file", dest="config_file", metavar="PATH", type=Path, help="exporter.yml; without it every default holds")
+    add(
+        "--config.file", dest="config_file", metavar="PATH", type=_path, help="exporter.yml; without it every default holds"
+    )
     add("--config.check", dest="config_check", action="store_true", help="check the configuration files and exit")
     add("--once", action="store_true", help="print one scrape to standard output and exit")
     add(
@@ -60,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--web.config.file",
         dest="web_config_file",
         metavar="PATH",
-        type=Path,
+        type=_path,
         help="exporter-toolkit's web config file: TLS, client certificates, basic auth, headers",
     )
     add(
@@ -131,6 +133,16 @@ def address(text: str) -> tuple[str | None, int]:
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise argparse.ArgumentTypeError(f"{text!r}: an IPv6 address goes in brackets, such as [::1]:9209")
     return host.strip("[]") or None, int(port)
+
+
+def _written(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path is needed")
+    return Path(text)
 
 
 def _count(text: str) -> int:
@@ -212,10 +224,14 @@ async def _serve(exporter: Exporter, gate: WebGate, addresses: Sequence[tuple[st
         await exporter.start()
         reloads = loop.create_task(_reload_whenever(hung_up, exporter), name="reload on SIGHUP")
         for host, port in addresses:
-            await web.TCPSite(runner, host, port, ssl_context=gate.context).start()
+            try:
+                await web.TCPSite(runner, host, port, ssl_context=gate.context).start()
+            except OSError as error:
+                raise OSError(f"cannot listen on {_written(host or '', port)}: {error.strerror or error}") from None
         for host, port, *_ in runner.addresses:
-            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            log.info("listening", extra={"address": where, "tls": gate.context is not None, "version": VERSION})
+            log.info(
+                "listening", extra={"address": _written(host, port), "tls": gate.context is not None, "version": VERSION}
+            )
         gc.collect()
         gc.freeze()
         await ended.wait()
