@@ -3,6 +3,7 @@
 import contextvars
 import functools
 import hashlib
+import os
 import re
 import ssl
 import warnings
@@ -37,8 +38,12 @@ _VERSIONS = {
 def context(options: ProbeTLS) -> ssl.SSLContext:
     """Return the context of `options`, which is made anew when one of its files has changed. Blocks; raises OSError."""
     names = (options.ca_file, options.cert_file, options.key_file)
-    stats = [Path(name).expanduser().stat() for name in names if name]
+    stats = [_home(name).stat() for name in names if name]
     return _context(options, tuple([(found.st_mtime_ns, found.st_ino) for found in stats]))
+
+
+def _home(name: str) -> Path:
+    return Path(os.path.expanduser(name))  # noqa: PTH111 -- Path's raises where there is no such home
 
 
 @functools.lru_cache(maxsize=16)
@@ -61,12 +66,12 @@ def _context(options: ProbeTLS, _files: tuple[tuple[int, int], ...]) -> ssl.SSLC
     if options.insecure_skip_verify:
         made.check_hostname, made.verify_mode = False, ssl.CERT_NONE
     elif options.ca_file:
-        made.load_verify_locations(Path(options.ca_file).expanduser())
+        made.load_verify_locations(_home(options.ca_file))
     else:
         made.load_default_certs()
     if options.cert_file:
         # Without a password at hand, OpenSSL would ask the terminal for one.
-        made.load_cert_chain(Path(options.cert_file).expanduser(), Path(options.key_file).expanduser(), password="")
+        made.load_cert_chain(_home(options.cert_file), _home(options.key_file), password="")
     return made
 
 
