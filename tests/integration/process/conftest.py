@@ -3,7 +3,9 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
+import psutil
 import pytest
 
 
@@ -29,9 +31,15 @@ class Root:
         return self.process.stdout.readline().strip()
 
     def close(self) -> None:
-        """End it."""
+        """End it, with all below it."""
+        family: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.pid).children(recursive=True)
         self.process.kill()
         self.process.communicate()
+        for one in family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 @pytest.fixture
