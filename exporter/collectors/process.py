@@ -308,6 +308,7 @@ class ProcessCollector:
         self._proc = Proc(proc)
         self._ledger = Ledger()
         self._roots: tuple[int, ...] = ()
+        self._strangers: dict[int, tuple[int, Stat]] = {}
         self._lock = asyncio.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="process collector")
 
@@ -319,34 +320,40 @@ class ProcessCollector:
             asked.add_done_callback(lambda done: done.cancelled() or done.exception())
             try:
                 await asyncio.sleep(0)  # the question goes out before /proc is read
-                table = await self._table()
+                pids = self._proc.pids()
+                table = await self._table(pids)
                 used = await self._usage(table, self._roots, {})
                 listing = await asked
             finally:
                 asked.cancel()
             self._roots = tuple([process.pid for process in listing.processes if process.pid > 0])
             used = await self._usage(table, self._roots, used)
+            self._strangers = {pid: (pids[pid], stat) for pid, stat in table.items() if pid not in used}
             return look(listing, table, used.get, self._ledger)
 
-    async def _table(self) -> dict[int, Stat]:
-        """Return every process."""
-        pids = self._proc.pids()
-        table: dict[int, Stat] = {}
-        for at in range(0, len(pids), _AT_ONCE):
-            table |= self._proc.stats(pids[at : at + _AT_ONCE])
+    async def _table(self, pids: Mapping[int, int]) -> dict[int, Stat]:
+        """Return all processes; those that were in no app's tree at the last look as they were then.
+
+        They cannot get into one but by becoming an app's root: a process moves only from its parent to one further up.
+        """
+        table = {pid: stat for pid, (inode, stat) in self._strangers.items() if pids.get(pid) == inode}
+        others = [pid for pid in pids if pid not in table]
+        for at in range(0, len(others), _AT_ONCE):
+            table |= self._proc.stats(others[at : at + _AT_ONCE])
             await asyncio.sleep(0)
         return table
 
     async def _usage(
-        self, table: Mapping[int, Stat], roots: Iterable[int], used: Mapping[int, Usage | None]
+        self, table: dict[int, Stat], roots: Iterable[int], used: Mapping[int, Usage | None]
     ) -> dict[int, Usage | None]:
-        """Return what the processes in the trees of `roots` use, with what is known already.
+        """Return what the processes in the trees of `roots` use, with what is known; look again at who was a stranger.
 
         The kernel answers at once, but for /proc/PID/io of a process that is stuck while it begins another program:
         whatever sleeps uninterruptibly is therefore asked in a thread.
         """
         used = dict(used)
         wanted = [pid for pids in trees(table, roots).values() for pid in pids if pid not in used]
+        table |= self._proc.stats([pid for pid in wanted if pid in self._strangers])
         for number, pid in enumerate(wanted):
             if table[pid].state == b"D":
                 used[pid] = await asyncio.get_running_loop().run_in_executor(self._thread, self._proc.usage, pid)

@@ -30,6 +30,7 @@ class Reader:
     def __init__(self, home: str | os.PathLike[str], *, max_reply: int = MAX_REPLY) -> None:
         """Ask the daemon of this PM2 home; answers of more than `max_reply` bytes are refused."""
         self._door = Door(home, max_reply)
+        self._daemon: Daemon | None = None
 
     async def ping(self, within: float) -> Peer:
         """Return who listens, once the daemon has answered."""
@@ -52,14 +53,26 @@ class Reader:
         return _with_peer(read(decode_report, reply), peer)
 
     async def listing(self, within: float) -> Listing:
-        """Return the processes and the daemon, asked for in one go; a report that cannot be had hides no process."""
+        """Return the processes and the daemon; a report that cannot be had hides no process.
+
+        What a daemon says of itself does not change while it lives, so it is asked for it once: the kernel tells whether
+        who answers is still the same process.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + within
+        if self._daemon is not None:
+            (processes,), peer = await self._door.ask(within, call(Method.LIST, {}))
+            if peer.pid == self._daemon.pid:
+                return msgspec.structs.replace(read(decode_reply, processes), daemon=self._daemon)
+        within = deadline - loop.time()
         (processes, report), peer = await self._door.ask(within, call(Method.LIST, {}), call(Method.REPORT, {}))
         listing = read(decode_reply, processes)
         try:
-            daemon = read(decode_report, report)
+            daemon = _with_peer(read(decode_report, report), peer)
+            self._daemon = daemon if daemon.pid is not None else None
         except PM2Error:
-            daemon = Daemon()
-        return msgspec.structs.replace(listing, daemon=_with_peer(daemon, peer))
+            daemon = _with_peer(Daemon(), peer)
+        return msgspec.structs.replace(listing, daemon=daemon)
 
 
 def _with_peer(daemon: Daemon, peer: Peer) -> Daemon:

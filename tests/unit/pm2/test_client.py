@@ -61,6 +61,26 @@ async def test_answers_may_come_in_any_order(serve: "Serve") -> None:
     assert (listing.daemon.pid, listing.daemon.uid) == (os.getpid(), os.getuid())
 
 
+async def test_a_daemon_is_asked_about_itself_once(serve: "Serve") -> None:
+    """While the kernel says that the same process answers, only its processes are asked for, and what it said holds."""
+    asked: list[bytes] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        decoder = wire.Decoder(100_000)
+        while data := await reader.read(65536):
+            for request, identity in decoder.feed(data):
+                asked.append(request)
+                writer.write(wire.encode(LIST if b"getMonitorData" in request else REPORT, identity))
+
+    async with serve(talk) as home:
+        reader = Reader(home)
+        daemons = [(await reader.listing(5)).daemon for _ in range(3)]
+    assert [b"getReport" in request for request in asked] == [False, True, False, False]
+    assert daemons == [daemons[0]] * 3
+    assert daemons[0] is not None
+    assert daemons[0].pm2_version == "7.0.4"
+
+
 async def test_no_socket(homes: "Callable[[], Path]") -> None:
     """An empty home, and a home that is not there, have no socket."""
     home = homes()

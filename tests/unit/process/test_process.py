@@ -155,6 +155,32 @@ async def test_the_only_app_dying_at_the_first_look_is_no_hidden_process(fake: "
     assert "resident_memory_bytes" not in of(samples, 0)
 
 
+async def test_a_process_that_becomes_an_app_is_looked_at_again(fake: "FakeProc") -> None:
+    """What was seen of a process while it was no app's is not shown once it is one."""
+    fake.add(10, DAEMON)
+    fake.add(11, DAEMON)
+    source = Fixed(app("web", 0, 10))
+    collector = ProcessCollector(ProcessOptions(), source, fake.root)
+    for _ in range(2):
+        await scrape(collector)
+    fake.add(11, DAEMON, state="Z")
+    source.now = Fixed(app("web", 0, 10), app("api", 1, 11)).now
+    samples = await scrape(collector)
+    assert (of(samples, 0)["tree_processes"], of(samples, 1)["tree_processes"]) == (1, 0)
+
+
+async def test_a_reused_pid_is_another_process(fake: "FakeProc") -> None:
+    """A process with the pid of a stranger that has ended is not taken for it."""
+    fake.add(10, DAEMON)
+    fake.add(11, 1)
+    collector = ProcessCollector(ProcessOptions(), Fixed(app("web", 0, 10)), fake.root)
+    for _ in range(2):
+        await scrape(collector)
+    (fake.root / "11").rename(fake.root / "ended")
+    fake.add(11, 10, start=200)
+    assert of(await scrape(collector), 0)["tree_processes"] == 2
+
+
 async def test_hidden_io_of_one_process_hides_the_sum_and_nothing_else(fake: "FakeProc") -> None:
     """A sum that lacks a part is not told; the other app's is."""
     fake.add(10, DAEMON)
