@@ -7,6 +7,7 @@ never shows itself). `${NAME}` in any string is replaced by that environment var
 
 import difflib
 import errno
+import inspect
 import math
 import os
 import re
@@ -203,6 +204,8 @@ def json_schema(kind: type[msgspec.Struct], *, title: str) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a configuration type, for editors."""
     (root,), components = msgspec.json.schema_components([kind], schema_hook=lambda inner: dict(_SCHEMAS[inner]))
     for struct in sections(kind):
+        # From Python 3.13 on docstrings come without their indentation.
+        components[struct.__name__]["description"] = inspect.cleandoc(struct.__doc__ or "")
         properties = components[struct.__name__]["properties"]
         for field in msgspec.structs.fields(struct):
             if field.default_factory is not msgspec.NODEFAULT:

@@ -100,7 +100,7 @@ async def test_a_message_without_a_time_is_not_taken_for_an_old_one(home: Path) 
     """What cannot be read, such as data nested too deeply by an app, is no sign that this process has fallen behind."""
     hear = EventsCollector(QUICK, home, Estate())._subscriber.hear  # noqa: SLF001 -- as the subscriber calls it
     assert hear("process:event", b'{"at": 5000}') == 5
-    assert hear("process:exception", b'{"at": 6000, "data": ' + b"[" * 5000 + b"]" * 5000 + b"}") == 0
+    assert hear("process:exception", b'{"at": 6000, "data": ' + b"[" * 200_000 + b"]" * 200_000 + b"}") == 0
     assert hear("pm2:kill", b'{"status": "killed"}') == 0
     assert hear("log:PM2", b'{"at": 7000}') == 7
 
