@@ -54,9 +54,15 @@ class Bus:
 
     def close(self, *, unlink: bool = True) -> None:
         """End as a clean kill does; as a crash does where the socket's file is left behind."""
+        # From Python 3.13 on a server that closes removes its socket's file itself, which a crash does not.
+        aside = self.path.with_suffix(".aside")
+        if left := self.path.exists() and not unlink:
+            self.path.rename(aside)
         while self._servers:
             self._servers.pop().close()
         self.hang_up()
+        if left:
+            aside.rename(self.path)
         if unlink:
             self.path.unlink(missing_ok=True)
 
